@@ -1,0 +1,53 @@
+# Everything a user or CI runs. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# dvc.yaml says `python -m stages...`: the environment has to come first on the path.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := true
+export GX_ANALYTICS_ENABLED := false
+TASK ?= recognition
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test slow soak lint types format clean
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.complete  ## The environment in .venv, from constraints.txt
+
+# pip is quiet, and the marker is written last: an interrupted installation is begun again.
+$(VENV)/.complete: pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (some minutes)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[dev]'
+	touch $@
+
+demo: setup  ## The pipeline of one task, then its table and report: make demo TASK=recognition
+	python -m stages.parameters
+	dvc repro evaluate@$(TASK) $$(python -m stages.parameters exports $(TASK))
+	python -m stages.report $(TASK)
+
+test: lint types  ## Lint, types and the default tests
+	python -m pytest
+
+slow: setup  ## Whole pipelines through the real command line
+	python -m pytest -m slow
+
+soak: setup  ## Fault campaigns and the full default pipeline
+	python -m pytest -m soak
+
+lint: setup
+	ruff check .
+	ruff format --check .
+
+types: setup
+	mypy
+
+format: setup  ## Put the code into its format
+	ruff check --fix .
+	ruff format .
+
+clean:  ## Remove checkpoints and reports that nothing depends on
+	rm -rf .checkpoints reports/latency reports/validation reports/index.html

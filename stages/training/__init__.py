@@ -1,0 +1,13 @@
+"""The training loop, once, and what a method has to offer to be driven by it.
+
+`Method` (method.py) is the interface; its docstring says how each of the five methods uses it. `train` (loop.py)
+drives it: checkpoints, exact resumption, records, progress. `Run` (run.py) is the only code that knows Fabric.
+"""
+
+from stages.training.loop import Stopped, train
+from stages.training.method import Context, Method, evaluating
+from stages.training.run import Run
+from stages.training.streams import Stream, derive_seed
+from stages.training.task import Task, Views
+
+__all__ = ["Context", "Method", "Run", "Stopped", "Stream", "Task", "Views", "derive_seed", "evaluating", "train"]

@@ -1,0 +1,258 @@
+"""The loop: outer steps, checkpoints, records and progress."""
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.errors import UserError
+from data.files import digest, remove_partials, sha256, write_file
+from stages import paths
+from stages.records import FILE, Record
+from stages.training.method import Context, Method
+from stages.training.run import Run
+
+log = logging.getLogger("distillery")
+
+# Modules whose text cannot change a result: dvc.yaml does not name them, and a checkpoint survives their change.
+# Packages hold a docstring; the others carry bytes, words and values, and make none. The schema of a task, with its
+# defaults, is a dependency; reading it (`stages.parameters`) is not.
+NO_DEPENDENCY = frozenset(
+    {
+        *("data", "models", "stages", "stages.distill", "stages.evaluate", "stages.export", "stages.teach"),
+        *("data.errors", "data.files", "stages.command", "stages.paths", "stages.records"),
+        *("stages.parameters", "stages.parameters.shared"),
+    }
+)
+CHECKPOINT = "checkpoint.pt"
+RECORD_EVERY = 10
+LOG_SECONDS = 15.0
+
+
+class Stopped(SystemExit):
+    """Training was asked to end (SIGTERM), has saved itself, and will go on when it is started again."""
+
+
+def train(
+    method: Method,
+    run: Run,
+    *,
+    stage: str,
+    key: str,
+    steps: int,
+    seed: int,
+    identity: Mapping[str, Any],
+    monitor: Callable[[], Mapping[str, float]] | None = None,
+    monitor_every: int = 0,
+    checkpoint_seconds: float = float(os.environ.get("DISTILLERY_CHECKPOINT_SECONDS", "20")),
+) -> Path:
+    """Train for `steps` outer steps, resuming where an earlier process of the same identity stopped.
+
+    Args:
+        stage, key: whose training this is; names the folder of the checkpoint.
+        identity: parameters and digests of inputs. With the digest of the code, the version of torch, threads, device
+            and number of processes it decides which checkpoint may be resumed.
+        monitor: figures on held-out data, asked for every `monitor_every` steps and at the end. It must not train.
+        checkpoint_seconds: the time between two checkpoints. It decides what a crash costs, never the result.
+
+    Returns:
+        the record. `finish` removes it together with the checkpoint once it was copied.
+
+    Raises:
+        UserError: a recorded value is not finite (step and term are named), or the disk is full.
+        Stopped: SIGTERM arrived; the state is saved, the exit status is 143.
+    """
+    everything = {**identity, "steps": steps, "seed": seed, "code": code_digest(), **run.environment}
+    name = digest(everything)
+    folder = paths.checkpoints(stage, key) / name[:16]
+    context = Context(method, run, seed)
+    _prepare(method)
+    lead = run.rank == 0
+    record = Record(folder / FILE, {"stage": stage, "key": key, "digest": name}) if lead else None
+    run.barrier()
+    start = _resume(folder / CHECKPOINT, method, context, record)
+    pending: list[tuple[int, dict[str, Tensor]]] = []
+    saved_at = time.monotonic()
+    progress = _Progress(f"{stage} {key}", start, steps) if lead else None
+    with _termination() as terminated:
+        for step in range(start, steps):
+            context.begin(step)
+            scalars = method.step(context)
+            run.share_buffers([module for part, module in method.modules.items() if part not in method.frozen])
+            norms = {f"gradient/{part}": norm for part, norm in context.norms.items()}
+            pending.append((step, {part: value.detach() for part, value in {**scalars, **norms}.items()}))
+            done = step + 1
+            # A look at the values costs an accelerator its head start: there they are looked at in groups.
+            if run.device.type == "cpu" or done % RECORD_EVERY == 0 or done == steps:
+                shown = _flush(pending, run, record, stage, key, steps)
+                if progress:
+                    progress.advance(done, shown)
+            if monitor and monitor_every and (done % monitor_every == 0 or done == steps) and record:
+                figures = {f"validation/{part}": value for part, value in monitor().items()}
+                record.write(step, figures)
+                if progress:
+                    progress.note(figures)
+            # All processes have to agree, and their clocks do not.
+            stop, due = run.any(bool(terminated), lead and time.monotonic() - saved_at > checkpoint_seconds)
+            if done < steps and (stop or due):
+                _flush(pending, run, record, stage, key, steps)
+                if record:
+                    _save(folder / CHECKPOINT, method, context, record, done)
+                saved_at = time.monotonic()
+            if stop and done < steps:
+                if progress:
+                    progress.close()
+                log.info("%s %s: stopped after step %d of %d; the same command goes on there", stage, key, done, steps)
+                raise Stopped(143)
+    if progress:
+        progress.close()
+    return folder / FILE
+
+
+def finish(stage: str, key: str) -> None:
+    """Remove checkpoints and records of a training whose output is complete."""
+    shutil.rmtree(paths.checkpoints(stage, key), ignore_errors=True)
+
+
+def code_digest() -> str:
+    """Digest of every project module that was imported and that can change a result."""
+    files = {}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] not in ("data", "models", "stages") or _exempt(name):
+            continue
+        file = getattr(module, "__file__", None)
+        if file:
+            files[name] = sha256(Path(file))
+    return digest(files)
+
+
+def _exempt(name: str) -> bool:
+    return name in NO_DEPENDENCY or name.startswith("stages.parameters.")
+
+
+def _prepare(method: Method) -> None:
+    for name, module in method.modules.items():
+        frozen = name in method.frozen
+        module.train(not frozen)
+        if frozen:
+            module.requires_grad_(False)
+
+
+def _flush(
+    pending: list[tuple[int, dict[str, Tensor]]],
+    run: Run,
+    record: Record | None,
+    stage: str,
+    key: str,
+    steps: int,
+) -> dict[str, float]:
+    """Check what steps returned, write down every RECORD_EVERY-th and the last; returns the newest values."""
+    values: dict[str, float] = {}
+    for step, scalars in pending:
+        run.mean_(list(scalars.values()))
+        stacked = torch.stack([value.double() for value in scalars.values()]).tolist()
+        values = dict(zip(scalars, stacked, strict=True))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} became {value} at step {step} of {steps} in {stage} {key}; nothing of it was kept · "
+                    "lower the learning rate or the term's weight, or set training.clip"
+                )
+        if record and ((step + 1) % RECORD_EVERY == 0 or step + 1 == steps):
+            record.write(step, values)
+    pending.clear()
+    return values
+
+
+def _save(path: Path, method: Method, context: Context, record: Record, step: int) -> None:
+    state = {
+        "step": step,
+        "counts": context.counts,
+        "modules": {name: module.state_dict() for name, module in method.modules.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in method.optimizers.items()},
+        "streams": {name: stream.position for name, stream in method.streams.items()},
+        "method": method.state(),
+        "record": record.length(),
+    }
+    write_file(path, lambda file: torch.save(state, file))
+
+
+def _resume(path: Path, method: Method, context: Context, record: Record | None) -> int:
+    """Load the checkpoint, if there is one, in every process; returns the step to go on with."""
+    remove_partials(path)
+    if not path.is_file():
+        return 0
+    state = torch.load(path, map_location=context.run.device, weights_only=True)
+    for name, module in method.modules.items():
+        module.load_state_dict(state["modules"][name])
+    for name, optimizer in method.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    for name, stream in method.streams.items():
+        stream.position = state["streams"][name]
+    context.counts.update(state["counts"])
+    method.load_state(state["method"])
+    if record:
+        record.cut(state["record"])
+        log.info("going on at step %d", state["step"])
+    step: int = state["step"]
+    return step
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[list[int]]:
+    """A list that is no longer empty once SIGTERM has arrived."""
+    arrived: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        arrived.append(signum)
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield arrived
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line every LOG_SECONDS, with the time left."""
+
+    def __init__(self, title: str, start: int, steps: int) -> None:
+        self._title, self._start, self._steps = title, start, steps
+        self._begun = self._spoken = time.monotonic()
+        self._figures = ""
+        self._bar = tqdm(total=steps, initial=start, desc=title, unit="step") if sys.stderr.isatty() else None
+
+    def advance(self, done: int, values: Mapping[str, float]) -> None:
+        losses = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if not name.startswith("gradient/"))
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(filter(None, (losses, self._figures))), refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._spoken > LOG_SECONDS:
+            self._spoken = now
+            left = (now - self._begun) / (done - self._start) * (self._steps - done)
+            text = ", ".join(filter(None, (losses, self._figures)))
+            log.info("%s: step %d of %d, %s, %.0f s left", self._title, done, self._steps, text, left)
+
+    def note(self, figures: Mapping[str, float]) -> None:
+        self._figures = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            seconds = time.monotonic() - self._begun
+            log.info("%s: %d steps in %.0f s, %s", self._title, self._steps - self._start, seconds, self._figures)

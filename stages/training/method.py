@@ -1,0 +1,166 @@
+"""What a method offers to the loop, and what the loop offers to a method."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stages.training.run import Run
+from stages.training.streams import Stream, derive_seed
+
+
+class Method:
+    """How a student learns. One instance per process, built alike in all of them.
+
+    How the five methods use it:
+
+    - GDD, HORKD, `kd`: one optimiser over student and training-only modules (align, generator, projection); the
+      frozen teacher is one of `modules`; a step is one `update` of named loss terms.
+    - LGTM: optimisers `student` and `teacher`, streams `train` and `held_out`. The virtual student is a functional
+      call with peeked weights, `gradient` gives the held-out gradient averaged over processes; the teacher's update is
+      one `update("teacher", [auxiliary, logits], [one, cotangent])`, then the real student's `update`.
+    - D3GZSL: optimisers for critic, embedding, classifiers, confidence and generator; a step draws five critic
+      batches with an `update` each, then one for the generator.
+    - VDD: `update("experts", [mean, factor], cotangents)` with gradients given by hand, then the gate's own update;
+      each optimiser follows its own schedule, counted in its own updates; an EMA is a frozen module that the step
+      moves itself.
+
+    Attributes:
+        modules: everything with weights, saved by name.
+        frozen: names of modules that no gradient trains; they stay in eval mode. (An EMA may still be moved by hand.)
+        optimizers: together they hold every trained parameter once.
+        schedules: per optimiser, the learning rate as a function of the number of its updates so far.
+        streams: named data.
+        clip: per optimiser, the largest norm of its gradient; none by default.
+    """
+
+    modules: dict[str, nn.Module]
+    frozen: frozenset[str] = frozenset()
+    optimizers: dict[str, Optimizer]
+    schedules: dict[str, Callable[[int], float]]
+    streams: dict[str, Stream]
+    clip: Mapping[str, float] = {}
+
+    def step(self, context: "Context") -> Mapping[str, Tensor]:
+        """One outer iteration: draws its own batches, updates, and returns named scalars, each at least finite."""
+        raise NotImplementedError
+
+    @property
+    def student(self) -> nn.Module:
+        """The deployable network: no teacher, no hooks, no wrapper."""
+        return self.modules["student"]
+
+    def state(self) -> dict[str, Any]:
+        """What is no module, optimiser or stream, and must survive a restart. Usually nothing."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The counterpart of `state`."""
+
+
+class Context:
+    """What a step may use. Every random number follows from (seed, step, rank): no generator's state is ever saved.
+
+    Attributes:
+        step: number of this outer step. run: device, precision, processes.
+        counts: updates so far, per optimiser.
+        norms: norm of the gradient in the last update of each optimiser, before clipping.
+    """
+
+    def __init__(self, method: Method, run: Run, seed: int) -> None:
+        self.run = run
+        self.step = 0
+        self.counts = dict.fromkeys(method.optimizers, 0)
+        self.norms: dict[str, Tensor] = {}
+        self._method = method
+        self._seed = seed
+        self._named: dict[str, torch.Generator] = {}
+
+    def begin(self, step: int) -> None:
+        """Seed everything for one step."""
+        self.step = step
+        self._named.clear()
+        self.norms = {}
+        torch.manual_seed(derive_seed(self._seed, "default", step, self.run.rank))
+
+    def generator(self, name: str = "method") -> torch.Generator:
+        """A random stream of this step and rank, on the run's device; one name never disturbs another's numbers."""
+        if name not in self._named:
+            seed = derive_seed(self._seed, name, self.step, self.run.rank)
+            self._named[name] = torch.Generator(self.run.device).manual_seed(seed)
+        return self._named[name]
+
+    def draw(self, stream: str) -> list[Tensor]:
+        """The next batch of a stream, on the run's device."""
+        batch = self._method.streams[stream].draw(derive_seed(self._seed, stream), self.run.rank, self.run.world)
+        return [tensor.to(self.run.device, non_blocking=True) for tensor in batch]
+
+    def gradient(
+        self, outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Gradients averaged over processes; touches no `.grad`. An unused input has gradient 0."""
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        found = torch.autograd.grad(outputs, list(inputs), cotangents, allow_unused=True)
+        gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+        self.run.mean_(gradients)
+        return gradients
+
+    def update(
+        self,
+        names: str | Sequence[str],
+        outputs: Mapping[str, Tensor] | Sequence[Tensor],
+        cotangents: Sequence[Tensor] | None = None,
+    ) -> None:
+        """One autograd pass, then one step of each named optimiser, and of nothing else.
+
+        Parameters that the outputs do not depend on are left alone, as torch's own optimisers leave those without a
+        gradient.
+
+        Args:
+            outputs: named loss terms that are summed, or tensors that go with `cotangents`.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        if isinstance(outputs, Mapping):
+            outputs = [torch.stack([term.to(self.run.dtype) for term in outputs.values()]).sum()]
+        groups = {name: _parameters(self._method.optimizers[name]) for name in names}
+        parameters = [parameter for name in names for parameter in groups[name]]
+        found = torch.autograd.grad(list(outputs), parameters, cotangents, allow_unused=True)
+        used = [(x, g) for x, g in zip(parameters, found, strict=True) if g is not None]
+        self.run.mean_([g for _, g in used])
+        for parameter, gradient in used:
+            parameter.grad = gradient
+        for name in names:
+            self._apply(name, groups[name])
+        for parameter, _ in used:
+            parameter.grad = None
+
+    def _apply(self, name: str, parameters: Sequence[Tensor]) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = self.norms[name] = nn.utils.get_total_norm(gradients)
+        if name in self._method.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self._method.clip[name], norm)
+        optimizer = self._method.optimizers[name]
+        for group in optimizer.param_groups:
+            group["lr"] = self._method.schedules[name](self.counts[name])
+        optimizer.step()
+        self.counts[name] += 1
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards every submodule is back in the mode it had."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,84 @@
+"""What a method may ask of the task it is applied to, so that one method file serves every task."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data.errors import UserError
+from stages.training.method import Context
+from stages.training.streams import Stream
+
+
+class Views(NamedTuple):
+    """One batch as each network sees it: the same samples in the same order, under the same augmentation."""
+
+    student: Any
+    teacher: Any
+    target: Any
+
+
+class Task(ABC):
+    """Data, networks and the ordinary objective of one task. Implemented in stages/teach/<task>.py.
+
+    Attributes:
+        student: the network that is trained, with fresh weights.
+        teacher: the trained network it learns from; None without one.
+        network: what the student is built from, for its description.
+        interface: what goes into the student and comes out, for its description.
+        source: name, licence, credit and redistributable of the data.
+        steps: outer steps of the whole training.
+        steps_per_epoch: outer steps between two looks at the validation split.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    network: dict[str, Any]
+    interface: dict[str, Any]
+    source: dict[str, Any]
+    steps: int
+    steps_per_epoch: int
+
+    def taught_by(self) -> nn.Module:
+        """The teacher.
+
+        Raises:
+            UserError: the student names none.
+        """
+        if self.teacher is None:
+            raise UserError("this method needs a teacher, and the student names none")
+        return self.teacher
+
+    @abstractmethod
+    def streams(self) -> dict[str, Stream]:
+        """Named data; "train" at least."""
+
+    @abstractmethod
+    def views(self, context: Context) -> Views:
+        """The next training batch."""
+
+    @abstractmethod
+    def objective(self, output: Any, target: Any) -> Tensor:
+        """The task's ordinary loss of a network's output, a scalar in float32 or wider."""
+
+    @abstractmethod
+    def logits(self, output: Any) -> Tensor:
+        """Class scores (N, classes, ...) of a network's output."""
+
+    @abstractmethod
+    def features(self, network: nn.Module) -> Mapping[str, int]:
+        """The places of a network's output that a method may ask for, with their widths."""
+
+    @abstractmethod
+    def optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
+        """The task's optimiser with its own settings."""
+
+    @abstractmethod
+    def schedule(self, steps: int) -> Callable[[int], float]:
+        """Learning rate as a function of the number of updates so far, for a training of `steps` updates."""
+
+    @abstractmethod
+    def monitor(self, network: nn.Module) -> Mapping[str, float]:
+        """Figures on the validation split that a user watches while the network trains."""

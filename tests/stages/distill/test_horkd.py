@@ -1,0 +1,535 @@
+"""Relation losses of HORKD: an oracle in plain Python, then the properties of the method card's section 7."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages.distill.horkd import pair_loss, pairwise_distances, point_loss, triplet_cosines, triplet_loss
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Rows = Sequence[Sequence[float]]
+
+
+def mse(student: Tensor, teacher: Tensor) -> Tensor:
+    return point_loss(student, teacher, "mse")
+
+
+def huber(student: Tensor, teacher: Tensor) -> Tensor:
+    return point_loss(student, teacher, "huber")
+
+
+def mse_unit(student: Tensor, teacher: Tensor) -> Tensor:
+    return point_loss(student, teacher, "mse_unit")
+
+
+POINTS: list[Loss] = [mse, huber, mse_unit]
+RELATIONS: list[Loss] = [pair_loss, triplet_loss]
+each_loss = pytest.mark.parametrize("loss", POINTS + RELATIONS)
+each_relation = pytest.mark.parametrize("loss", RELATIONS)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def orthogonal(width: int, seed: int, reflection: bool) -> Tensor:
+    basis: Tensor = torch.linalg.qr(normal(width, width, seed=seed))[0]
+    if (torch.linalg.det(basis) < 0) != reflection:
+        basis[:, 0] = -basis[:, 0]
+    return basis
+
+
+def value_and_gradient(loss: Loss, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = student.clone().requires_grad_()
+    value = loss(leaf, teacher)
+    gradient: Tensor = torch.autograd.grad(value, leaf)[0]
+    return value.detach(), gradient
+
+
+# --- the definitions, one number at a time ----------------------------------------------------------------------------
+
+
+def slow_huber(z: float) -> float:
+    return z * z / 2 if abs(z) <= 1 else abs(z) - 0.5
+
+
+def slow_unit(x: Sequence[float]) -> list[float]:
+    length = math.sqrt(math.fsum(xk * xk for xk in x))
+    return [xk / length if length else 0.0 for xk in x]
+
+
+def slow_points(v: Rows, u: Rows, element: Callable[[float], float]) -> float:
+    return math.fsum(element(a - b) for x, y in zip(v, u, strict=True) for a, b in zip(x, y, strict=True)) / (
+        len(v) * len(v[0])
+    )
+
+
+def slow_mse(v: Rows, u: Rows) -> float:
+    return slow_points(v, u, lambda z: z * z)
+
+
+def slow_point_huber(v: Rows, u: Rows) -> float:
+    return slow_points(v, u, slow_huber)
+
+
+def slow_mse_unit(v: Rows, u: Rows) -> float:
+    return slow_mse([slow_unit(x) for x in v], [slow_unit(x) for x in u])
+
+
+def slow_psi(x: Rows) -> list[list[float]]:
+    size = len(x)
+    distances = [[math.dist(x[i], x[j]) for j in range(size)] for i in range(size)]
+    mean = math.fsum(distances[i][j] for i in range(size) for j in range(size) if i != j) / (size * (size - 1))
+    return [[d / mean if mean else 0.0 for d in row] for row in distances]
+
+
+def slow_pair(v: Rows, u: Rows) -> float:
+    size, psi_v, psi_u = len(v), slow_psi(v), slow_psi(u)
+    return math.fsum(slow_huber(psi_v[i][j] - psi_u[i][j]) for i in range(size) for j in range(size)) / size**2
+
+
+def slow_cosine(x: Rows, a: int, b: int, c: int) -> float:
+    to_b = slow_unit([xb - xa for xa, xb in zip(x[a], x[b], strict=True)])
+    to_c = slow_unit([xc - xa for xa, xc in zip(x[a], x[c], strict=True)])
+    return math.fsum(p * q for p, q in zip(to_b, to_c, strict=True))
+
+
+def slow_triplet(v: Rows, u: Rows) -> float:
+    r = range(len(v))
+    return (
+        math.fsum(slow_huber(slow_cosine(v, a, b, c) - slow_cosine(u, a, b, c)) for a in r for b in r for c in r)
+        / len(v) ** 3
+    )
+
+
+SLOW: dict[Loss, Callable[[Rows, Rows], float]] = {
+    mse: slow_mse,
+    huber: slow_point_huber,
+    mse_unit: slow_mse_unit,
+    pair_loss: slow_pair,
+    triplet_loss: slow_triplet,
+}
+
+
+def random_case(loss: Loss, seed: int) -> tuple[Tensor, Tensor]:
+    """Random sizes; a heavy-tailed student, so that the penalty's linear branch is met in every order."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    size, width, width_teacher = (int(torch.randint(low, 7, (), generator=generator)) for low in (2, 1, 1))
+    student = normal(size, width, seed=seed) * torch.exp(normal(size, 1, seed=seed + 100))
+    return student, normal(size, width if loss in POINTS else width_teacher, seed=seed + 200)
+
+
+def finite_differences(loss: Callable[[Rows, Rows], float], student: Tensor, teacher: Tensor) -> Tensor:
+    gradient, step, target = torch.zeros_like(student), 1e-5, teacher.tolist()
+    for i, k in torch.cartesian_prod(torch.arange(student.shape[0]), torch.arange(student.shape[1])).tolist():
+        ahead, behind = student.clone(), student.clone()
+        ahead[i, k] += step
+        behind[i, k] -= step
+        gradient[i, k] = (loss(ahead.tolist(), target) - loss(behind.tolist(), target)) / (2 * step)
+    return gradient
+
+
+@each_loss
+@pytest.mark.parametrize("seed", range(12))
+def test_value_and_gradient_agree_with_the_definitions(loss: Loss, seed: int) -> None:
+    student, teacher = random_case(loss, seed)
+    value, gradient = value_and_gradient(loss, student, teacher)
+    assert value.item() == pytest.approx(SLOW[loss](student.tolist(), teacher.tolist()), rel=1e-12, abs=1e-15)
+    torch.testing.assert_close(gradient, finite_differences(SLOW[loss], student, teacher), rtol=1e-6, atol=1e-8)
+
+
+def quadratic_points(v: Rows, u: Rows) -> float:
+    return slow_mse(v, u) / 2
+
+
+def quadratic_pair(v: Rows, u: Rows) -> float:
+    return slow_mse(slow_psi(v), slow_psi(u)) / 2
+
+
+def quadratic_triplet(v: Rows, u: Rows) -> float:
+    r = range(len(v))
+    return slow_mse(*([[slow_cosine(x, a, b, c) for c in r] for a in r for b in r] for x in (v, u))) / 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "quadratic"), [(huber, quadratic_points), (pair_loss, quadratic_pair), (triplet_loss, quadratic_triplet)]
+)
+def test_random_cases_meet_the_linear_branch_of_the_penalty(
+    loss: Loss, quadratic: Callable[[Rows, Rows], float]
+) -> None:
+    cases = [random_case(loss, seed) for seed in range(12)]
+    assert any(loss(v, u).item() < 0.99 * quadratic(v.tolist(), u.tolist()) for v, u in cases)
+
+
+def test_the_vertex_is_the_first_index() -> None:
+    right_angle_at_1 = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    cosines = triplet_cosines(right_angle_at_1)
+    assert cosines[1, 0, 2].item() == pytest.approx(0.0, abs=1e-15)
+    assert cosines[0, 1, 2].item() == pytest.approx(3 / 5)
+    assert cosines[2, 0, 1].item() == pytest.approx(4 / 5)
+
+
+# --- invariances: properties 2 to 8 -----------------------------------------------------------------------------------
+
+
+def similar(points: Tensor, seed: int, reflection: bool) -> Tensor:
+    return 3.7 * points @ orthogonal(points.shape[1], seed, reflection).T + normal(points.shape[1], seed=seed + 1)
+
+
+@each_relation
+@pytest.mark.parametrize("reflection", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 9])
+def test_similar_embeddings_have_no_relation_loss(loss: Loss, reflection: bool, size: int) -> None:
+    teacher = normal(size, 6, seed=size)
+    student = similar(teacher, seed=1, reflection=reflection)
+    value, gradient = value_and_gradient(loss, student, teacher)
+    assert value.item() < 1e-20
+    assert gradient.abs().max().item() < 1e-12
+    assert point_loss(student, teacher).item() > 0.1
+
+
+@each_relation
+@pytest.mark.parametrize("reflection", [False, True])
+def test_a_similarity_of_either_side_changes_nothing(loss: Loss, reflection: bool) -> None:
+    student, teacher = normal(8, 5, seed=1), normal(8, 7, seed=2)
+    expected = loss(student, teacher)
+    torch.testing.assert_close(loss(similar(student, 3, reflection), teacher), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(loss(student, similar(teacher, 4, reflection)), expected, rtol=1e-10, atol=0)
+
+
+@each_relation
+def test_zero_columns_change_nothing(loss: Loss) -> None:
+    student, teacher = normal(8, 5, seed=1), normal(8, 7, seed=2)
+    expected = loss(student, teacher)
+    wider = torch.nn.functional.pad(student, (0, 3)), torch.nn.functional.pad(teacher, (0, 2))
+    torch.testing.assert_close(loss(wider[0], teacher), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(loss(student, wider[1]), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("loss", POINTS)
+def test_point_loss_sees_similarities_and_is_zero_only_for_equal_embeddings(loss: Loss) -> None:
+    student, teacher = normal(8, 5, seed=1), normal(8, 5, seed=2)
+    assert loss(teacher, teacher).item() == 0
+    moved = [teacher @ orthogonal(5, 3, False).T, teacher + 0.5, student]
+    assert all(loss(points, teacher).item() > 1e-3 for points in moved)
+    if loss is not mse_unit:
+        assert loss(2 * teacher, teacher).item() > 1e-3
+    one_element = teacher.clone()
+    one_element[4, 2] += 1e-3
+    assert 0 < loss(one_element, teacher).item() < 1e-6
+
+
+def test_unit_penalty_ignores_lengths_and_nothing_else() -> None:
+    student, teacher = normal(8, 5, seed=1), normal(8, 5, seed=2)
+    lengths = normal(8, 1, seed=3).exp()
+    expected = mse_unit(student, teacher)
+    torch.testing.assert_close(mse_unit(student * lengths, teacher), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(mse_unit(student, teacher * lengths), expected, rtol=1e-10, atol=0)
+    value, gradient = value_and_gradient(mse_unit, student, teacher)
+    torch.testing.assert_close((gradient * student).sum(1), torch.zeros(8, dtype=torch.float64), rtol=0, atol=1e-15)
+    assert value.item() > 0.01
+
+
+@each_relation
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_neither_translates_scales_nor_rotates(loss: Loss, seed: int) -> None:
+    student, teacher = normal(9, 4, seed=seed), normal(9, 6, seed=seed + 10)
+    _, gradient = value_and_gradient(loss, student, teacher)
+    size = gradient.abs().max().item()
+    assert size > 1e-4
+    assert gradient.sum(0).abs().max().item() < 1e-12 * size
+    assert abs((gradient * student).sum().item()) < 1e-12 * size
+    moment = student.T @ gradient
+    torch.testing.assert_close(moment, moment.T, rtol=0, atol=1e-12 * size)
+
+
+@each_loss
+def test_permuting_the_batch(loss: Loss) -> None:
+    student, teacher = normal(7, 5, seed=1), normal(7, 5, seed=2)
+    order = torch.tensor([3, 0, 6, 5, 1, 2, 4])
+    value, gradient = value_and_gradient(loss, student, teacher)
+    permuted_value, permuted_gradient = value_and_gradient(loss, student[order], teacher[order])
+    torch.testing.assert_close(permuted_value, value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(permuted_gradient, gradient[order], rtol=1e-9, atol=1e-15)
+    assert abs(loss(student[order], teacher).item() - value.item()) > 1e-3 * value.item()
+
+
+@each_loss
+def test_both_sides_play_the_same_part_but_only_the_student_learns(loss: Loss) -> None:
+    student, teacher = normal(7, 5, seed=1).requires_grad_(), normal(7, 5, seed=2).requires_grad_()
+    value = loss(student, teacher)
+    value.backward()
+    assert student.grad is not None
+    assert student.grad.abs().max().item() > 0
+    assert teacher.grad is None
+    torch.testing.assert_close(loss(teacher, student), value, rtol=1e-12, atol=0)
+
+
+@each_loss
+def test_values_are_bounded(loss: Loss) -> None:
+    values = torch.stack([loss(*random_case(loss, seed)) for seed in range(12)])
+    assert values.min().item() >= 0
+    assert loss is not triplet_loss or values.max().item() <= 1.5
+    assert values.max().item() > 0
+
+
+def test_huber_penalty_is_at_most_half_the_square() -> None:
+    student, teacher = 3 * normal(9, 5, seed=1), normal(9, 5, seed=2)
+    assert huber(student, teacher).item() < 0.9 * mse(student, teacher).item() / 2
+    near = teacher + 0.1 * normal(9, 5, seed=3)
+    torch.testing.assert_close(huber(near, teacher), mse(near, teacher) / 2, rtol=1e-12, atol=0)
+
+
+# --- degenerate batches and numerics: properties 9 to 12, 15, 22 ------------------------------------------------------
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+def test_duplicates_neither_explode_nor_attract(loss: Loss, dtype: torch.dtype, where: str) -> None:
+    student, teacher = normal(8, 5, seed=1, dtype=dtype), normal(8, 5, seed=2, dtype=dtype)
+    if where != "teacher":
+        student[1] = student[4]
+    if where != "student":
+        teacher[1] = teacher[4]
+    value, gradient = value_and_gradient(loss, student, teacher)
+    assert value.item() == pytest.approx(SLOW[loss](student.tolist(), teacher.tolist()), rel=1e-5)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max().item() < 1
+    if where == "both":
+        torch.testing.assert_close(gradient[1], gradient[4])
+
+
+@each_relation
+def test_a_duplicate_edge_adds_nothing_to_the_gradient(loss: Loss) -> None:
+    """With one pair of the student coincident, the rest of the sum is smooth, and its slope is the whole gradient."""
+    student, teacher = normal(6, 4, seed=1), normal(6, 4, seed=2)
+    student[1] = student[4]
+
+    def rest(v: Rows, u: Rows) -> float:
+        r, edge = range(6), {1, 4}
+        if loss is pair_loss:
+            return slow_pair(v, u)
+        smooth = [(a, b, c) for a in r for b in r for c in r if edge not in ({a, b}, {a, c})]
+        return math.fsum(slow_huber(slow_cosine(v, *i) - slow_cosine(u, *i)) for i in smooth) / 6**3
+
+    _, gradient = value_and_gradient(loss, student, teacher)
+    torch.testing.assert_close(gradient, finite_differences(rest, student, teacher), rtol=1e-6, atol=1e-8)
+
+
+def test_a_zero_embedding_has_no_direction_and_no_gradient() -> None:
+    student, teacher = normal(4, 3, seed=1), normal(4, 3, seed=2)
+    student[2] = 0
+    teacher[0] = 0
+    value, gradient = value_and_gradient(mse_unit, student, teacher)
+    assert value.item() == pytest.approx(slow_mse_unit(student.tolist(), teacher.tolist()), rel=1e-12)
+    assert gradient[2].abs().max().item() == 0
+    assert gradient.abs().max().item() < 1
+
+
+@each_relation
+def test_one_sample_has_no_relations(loss: Loss) -> None:
+    value, gradient = value_and_gradient(loss, normal(1, 3), normal(1, 4))
+    assert value.item() == 0
+    assert torch.equal(gradient, torch.zeros(1, 3, dtype=torch.float64))
+
+
+def test_two_samples_are_always_alike() -> None:
+    student, teacher = normal(2, 3, seed=1), 100 * normal(2, 4, seed=2)
+    assert pair_loss(student, teacher).item() == 0
+    assert triplet_loss(student, teacher).item() < 1e-30
+
+
+@each_relation
+@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e3])
+def test_collapse_is_finite_and_has_no_gradient(loss: Loss, size: int, constant: float) -> None:
+    collapsed, spread = torch.full((size, 3), constant, dtype=torch.float64), normal(size, 4, seed=2)
+    value, gradient = value_and_gradient(loss, collapsed, spread)
+    assert value.item() == pytest.approx(SLOW[loss](collapsed.tolist(), spread.tolist()), rel=1e-12)
+    assert value.item() > 0
+    assert gradient.abs().max().item() == 0
+    value, gradient = value_and_gradient(loss, spread, collapsed)
+    assert value.item() > 0
+    assert gradient.isfinite().all()
+
+
+@each_relation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scale_does_not_matter(loss: Loss, dtype: torch.dtype) -> None:
+    student, teacher = normal(16, 8, seed=1, dtype=dtype), normal(16, 8, seed=2, dtype=dtype)
+    value, gradient = value_and_gradient(loss, student, teacher)
+    large_value, large_gradient = value_and_gradient(loss, 1e3 * student, 1e-3 * teacher)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(large_value, value, rtol=tolerance, atol=0)
+    scale = gradient.abs().max().item()
+    torch.testing.assert_close(1e3 * large_gradient, gradient, rtol=0, atol=tolerance * scale)
+
+
+@each_relation
+def test_an_offset_of_80_deviations_costs_no_digits(loss: Loss) -> None:
+    student, teacher = normal(24, 32, seed=1).float() + 80, normal(24, 48, seed=2).float() - 80
+    value, gradient = value_and_gradient(loss, student, teacher)
+    exact_value, exact_gradient = value_and_gradient(loss, student.double(), teacher.double())
+    assert value.item() == pytest.approx(exact_value.item(), rel=1e-5)
+    scale = exact_gradient.abs().max().item()
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=0, atol=1e-5 * scale)
+
+
+@each_relation
+def test_near_duplicates_cost_no_digits(loss: Loss) -> None:
+    student, teacher = normal(12, 8, seed=1).float(), normal(12, 8, seed=2).float()
+    student[3] = student[7] + 1e-5 * normal(8, seed=3).float()
+    value, gradient = value_and_gradient(loss, student, teacher)
+    exact_value, exact_gradient = value_and_gradient(loss, student.double(), teacher.double())
+    assert value.item() == pytest.approx(exact_value.item(), rel=1e-5)
+    scale = exact_gradient.abs().max().item()
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=0, atol=1e-5 * scale)
+
+
+@each_loss
+def test_derivatives(loss: Loss) -> None:
+    student, teacher = normal(5, 4, seed=1).requires_grad_(), normal(5, 4, seed=2)
+    assert torch.autograd.gradcheck(lambda v: loss(v, teacher), (student,))
+    if loss is pair_loss:
+        (gradient,) = torch.autograd.grad(loss(student, teacher), student, create_graph=True)
+        with pytest.raises(NotImplementedError):
+            gradient.square().sum().backward()
+    else:
+        assert torch.autograd.gradgradcheck(lambda v: loss(v, teacher), (student,))
+
+
+@each_loss
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_arithmetic_is_float32_or_wider(loss: Loss, dtype: torch.dtype, autocast: bool) -> None:
+    student, teacher = normal(6, 5, seed=1, dtype=dtype), normal(6, 5, seed=2, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected_value, expected_gradient = value_and_gradient(loss, student.to(wide), teacher.to(wide))
+    leaf = student.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        value = loss(leaf, teacher)
+    value.backward()
+    assert value.dtype == wide
+    assert torch.equal(value.detach(), expected_value)
+    assert leaf.grad is not None
+    assert leaf.grad.dtype == dtype
+    assert torch.equal(leaf.grad, expected_gradient.to(dtype))
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_near_the_limit_of_float16_stay_finite(loss: Loss, dtype: torch.dtype) -> None:
+    student = (6e4 * torch.tanh(normal(8, 64, seed=1))).to(dtype)
+    teacher = (6e4 * torch.tanh(normal(8, 64, seed=2))).to(dtype)
+    value, gradient = value_and_gradient(loss, student, teacher)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+@each_loss
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_value_that_is_not_finite_is_not_swallowed(loss: Loss, bad: float, side: int) -> None:
+    embeddings = normal(5, 4, seed=1), normal(5, 4, seed=2)
+    embeddings[side][2, 1] = bad
+    assert not loss(*embeddings).isfinite()
+
+
+@each_loss
+def test_equal_inputs_give_equal_bits(loss: Loss) -> None:
+    student, teacher = normal(16, 8, seed=1).float(), normal(16, 8, seed=2).float()
+    first, second = (value_and_gradient(loss, student, teacher) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+# --- what the losses lead to: property 20 -----------------------------------------------------------------------------
+
+
+def descend(objective: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, float]:
+    points = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [points],
+        max_iter=1000,
+        history_size=50,
+        tolerance_grad=1e-8,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = objective(points)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return points.detach(), objective(points).item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_relations_determine_the_embeddings_up_to_similarity(seed: int) -> None:
+    teacher = normal(16, 8, seed=seed)
+    points, value = descend(
+        lambda v: 1e3 * (pair_loss(v, teacher) + triplet_loss(v, teacher)), normal(16, 8, seed=seed + 10)
+    )
+    assert value < 1e-12
+    centred, target = points - points.mean(0), teacher - teacher.mean(0)
+    left, scales, right = torch.linalg.svd(centred.T @ target)
+    fitted = centred @ left @ right * scales.sum() / centred.square().sum()
+    assert ((fitted - target).norm() / target.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_points_and_relations_together_determine_the_embeddings(seed: int) -> None:
+    teacher = normal(16, 8, seed=seed)
+    # With a lighter point loss some starts end in another orientation, to which the relations are blind.
+    points, _ = descend(
+        lambda v: 1e2 * point_loss(v, teacher) + 1e3 * (pair_loss(v, teacher) + triplet_loss(v, teacher)),
+        normal(16, 8, seed=seed + 10),
+    )
+    torch.testing.assert_close(points, teacher, rtol=0, atol=1e-6)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@each_loss
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ((4, 3), (5, 3), "batch sizes differ"),
+        ((4, 3, 2), (4, 3), "must be matrices"),
+        ((4, 3), (4,), "must be matrices"),
+        ((0, 3), (0, 3), "empty"),
+        ((4, 0), (4, 0), "empty"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(
+    loss: Loss, student: tuple[int, ...], teacher: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        loss(torch.zeros(student), torch.zeros(teacher))
+    assert f"student {student}, teacher {teacher}" in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", POINTS)
+def test_points_need_equal_widths(loss: Loss) -> None:
+    with pytest.raises(ValueError, match=r"student \(4, 3\), teacher \(4, 1\).*linear"):
+        loss(torch.zeros(4, 3), torch.zeros(4, 1))
+
+
+def test_an_unknown_penalty_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'l1'.*mse, huber or mse_unit"):
+        point_loss(torch.zeros(4, 3), torch.zeros(4, 3), "l1")
+
+
+def test_distances_stay_exact_far_from_the_origin() -> None:
+    points = normal(40, 16, seed=1).float() + 1e3
+    torch.testing.assert_close(
+        pairwise_distances(points).double(), pairwise_distances(points.double()), rtol=1e-6, atol=0
+    )
