@@ -25,8 +25,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup  ## The pipeline of one task, then its table and report: make demo TASK=recognition
-	python -m stages.parameters
-	dvc repro evaluate@$(TASK) $$(python -m stages.parameters exports $(TASK))
+	targets=$$(python -m stages.parameters $(TASK)) && dvc repro $$targets
 	python -m stages.report $(TASK)
 
 test: lint types  ## Lint, types and the default tests

@@ -1,6 +1,7 @@
 """Files that are either complete or absent, and their digests."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,9 +22,10 @@ def sha256(path: Path) -> str:
 def tree_digest(folder: Path) -> str:
     """Hex digest of a folder: sha256 over the sorted lines `<sha256 of the file>  <relative path>`.
 
-    `find . -type f -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum | sha256sum` prints the same.
+    `find -L . -type f -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum | sha256sum` prints the same.
     """
-    files = sorted((path.relative_to(folder).as_posix().encode(), path) for path in folder.rglob("*") if path.is_file())
+    found = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    files = sorted((os.fsencode(path.relative_to(folder).as_posix()), path) for path in found if path.is_file())
     lines = b"".join(sha256(path).encode() + b"  " + name + b"\n" for name, path in files)
     return hashlib.sha256(lines).hexdigest()
 
@@ -53,17 +55,22 @@ def _sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    """A temporary folder beside `path` that takes its place when the block ends well, and vanishes otherwise.
+
+    Raises:
+        UserError: the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(path)
     partial = _partial(path)
     partial.mkdir()
     try:
-        yield partial
-        if path.is_dir():
-            shutil.rmtree(path)
-        partial.rename(path)
-        _sync_directory(path.parent)
+        with _telling_of_a_full_disk(path):
+            yield partial
+            if path.is_dir():
+                shutil.rmtree(path)
+            partial.rename(path)
+            _sync_directory(path.parent)
     finally:
         if partial.exists():
             shutil.rmtree(partial)
@@ -79,19 +86,13 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     remove_partials(path)
     partial = _partial(path)
     try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_directory(path.parent)
-    except Exception as error:
-        if _is_disk_full(error):
-            raise UserError(
-                f"the disk is full: {path} could not be written; what was there before is intact · "
-                "free some space and run the same command again"
-            ) from error
-        raise
+        with _telling_of_a_full_disk(path):
+            with partial.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            _sync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -102,10 +103,23 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, lambda file: file.write(text.encode()))
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
+@contextlib.contextmanager
+def _telling_of_a_full_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise UserError(
+                f"the disk is full: {path} could not be written; what was there before is intact · "
+                "free some space and run the same command again"
+            ) from error
+        raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
     """torch.save hides the OSError of a full disk in the context of a RuntimeError."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno == 28:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -11,6 +11,7 @@ A prepared data set is a folder:
 
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def read_csv(file: Path, size: int, channels: int, classes: list[str]) -> Sample
     width = channels * size * size
     try:
         table = pd.read_csv(file, header=None, dtype=np.int64).to_numpy()
-    except (ValueError, EOFError, OSError, pd.errors.ParserError) as error:
+    except (ValueError, EOFError, OSError, zlib.error, pd.errors.ParserError) as error:
         raise UserError(f"{file} is no table of whole numbers ({error}) · is the file complete?") from None
     if table.shape[1] != width + 1:
         raise UserError(
@@ -80,9 +81,10 @@ def read_folder(folder: Path, size: int, channels: int, classes: Sequence[str] |
         classes: the folders to read, in the order of their labels; all of them, sorted, by default.
 
     Raises:
-        UserError: no class, an unlisted class, a class without images, a file that is no complete image.
+        UserError: no class, an unlisted class, a class without images, a file that is no complete image, or
+            one with more than 8 bits per channel.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
@@ -99,9 +101,12 @@ def read_folder(folder: Path, size: int, channels: int, classes: Sequence[str] |
         for path in paths:
             try:
                 with Image.open(path) as opened:
+                    mode = opened.mode
                     image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-            except (OSError, SyntaxError, UnidentifiedImageError) as error:
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise UserError(f"{path} is no complete image ({error}) · mend or remove it") from None
+            if mode[0] in "IF":  # Pillow would cut all values above 255 off
+                raise UserError(f"{path} has more than 8 bits per channel (mode {mode}) · convert it to 8 bits")
             sizes.append((image.height, image.width))
             square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             images.append(np.asarray(square, dtype=np.uint8).reshape(size, size, channels).transpose(2, 0, 1))
@@ -125,10 +130,9 @@ def split(labels: np.ndarray, validation: int, test: int, seed: int) -> np.ndarr
     for name, wanted in (("validation", validation), ("test", test)):
         free = order[result[order] == "train"]
         values, counts = np.unique(labels[free], return_counts=True)
-        share = wanted * counts / counts.sum()
-        take = np.floor(share).astype(int)
+        take, remainder = np.divmod(wanted * counts, counts.sum())
         # The largest remainders get what rounding down left over; ties go to the lower label.
-        take[np.argsort(take - share, kind="stable")[: wanted - take.sum()]] += 1
+        take[np.argsort(-remainder, kind="stable")[: wanted - take.sum()]] += 1
         for value, amount in zip(values, take, strict=True):
             result[free[labels[free] == value][:amount]] = name
     if lost := sorted(set(labels) - set(labels[result == "train"])):

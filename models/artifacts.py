@@ -7,13 +7,13 @@ model.json              `Description`
 import dataclasses
 import importlib
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -108,15 +108,19 @@ def read_outside_state(file: Path, wanted_sha256: str) -> dict[str, Tensor]:
         raise UserError(f"{file} is not what is pinned: wanted sha256 {wanted_sha256}, got {found}")
     try:
         if file.suffix == ".safetensors":
-            return dict(load_file(file))
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise UserError(f"{file} cannot be read as weights ({str(error).splitlines()[0]})") from None
-    except Exception as error:  # pickle.UnpicklingError, which torch raises for anything but weights
-        raise UserError(f"{file} holds more than weights, and is not loaded ({str(error).splitlines()[0]})") from None
+            loaded: Any = load_file(file)
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own text advises to load the file all the same
+        raise UserError(f"{file} holds more than weights, or is damaged, and is not loaded") from None
+    except Exception as error:  # whatever reading damaged bytes may raise
+        reason = str(error).partition("\n")[0] or repr(error)
+        raise UserError(f"{file} cannot be read as weights ({reason})") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
         raise UserError(f"{file} is no state_dict: a mapping of names to tensors is expected")
     return {key.removeprefix("module."): value for key, value in loaded.items()}

@@ -1,5 +1,7 @@
 """Networks for recognition: an image to a pooled feature, an embedding and class scores."""
 
+import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -137,17 +139,26 @@ def build(description: Mapping[str, Any]) -> nn.Module:
 
 def _torchvision_model(name: str) -> Any:
     """An untrained ResNet of torchvision."""
-    try:
-        torch.ops.torchvision.nms  # noqa: B018 - is the operator there already?
-    except (AttributeError, RuntimeError):
-        # A CPU build of torch beside PyPI's torchvision: its compiled extension does not load, and the import fails
-        # for want of two operators that no classification network uses.
-        _declare_missing_operators()
-    from torchvision.models import get_model, list_models
+    models = _torchvision_models()
+    if name not in models.list_models():
+        raise UserError(f"torchvision has no network {name!r}; {suggest(name, models.list_models())}")
+    return models.get_model(name, weights=None)
 
-    if name not in list_models():
-        raise UserError(f"torchvision has no network {name!r}; {suggest(name, list_models())}")
-    return get_model(name, weights=None)
+
+def _torchvision_models() -> Any:
+    """torchvision.models, also where torch is a CPU build beside PyPI's torchvision.
+
+    There its compiled extension does not load, and the import fails for want of two operators that no classification
+    network uses. They are declared only then: on a matching pair the extension would declare them a second time, and
+    the process would abort.
+    """
+    try:
+        return importlib.import_module("torchvision.models")
+    except RuntimeError:
+        for loaded in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[loaded]
+        _declare_missing_operators()
+        return importlib.import_module("torchvision.models")
 
 
 def _declare_missing_operators() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data.errors import UserError
+from data.files import is_disk_full
 
 log = logging.getLogger("distillery")
 
@@ -19,31 +20,30 @@ def run(
     description: str,
     act: Callable[[str], Any],
     *,
-    key: str | None,
-    example: str = "",
+    key: str,
+    example: str,
     optional: bool = False,
 ) -> None:
     """Parse the command line, act, and exit: 0 when the output is complete, 1 after a mistake of the user's.
 
     Args:
-        key: what the one argument names ("dataset", "student", ...), or None for a command without one.
+        key: what the one argument names ("data set", "student", ...).
         optional: the argument may be left out; `act` then gets an empty string.
     """
     end_with_parent()
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.{stage}",
         description=description,
-        epilog=f"example: python -m stages.{stage}" + (f" {example}" if example else ""),
+        epilog=f"example: python -m stages.{stage} {example}",
     )
-    if key is not None:
-        parser.add_argument(
-            "key",
-            metavar=key.upper(),
-            nargs="?" if optional else None,
-            default="",
-            help=f"name of a {key} in params.yaml",
-        )
-    name = getattr(parser.parse_args(), "key", "")
+    parser.add_argument(
+        "key",
+        metavar=key.upper().replace(" ", "-"),
+        nargs="?" if optional else None,
+        default="",
+        help=f"name of a {key} in params.yaml",
+    )
+    name = parser.parse_args().key
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         act(name)
@@ -52,6 +52,11 @@ def run(
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        print(f"error in {stage} {name}: the disk is full · free some space and run it again", file=sys.stderr)
+        sys.exit(1)
 
 
 def end_with_parent() -> None:

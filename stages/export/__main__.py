@@ -22,7 +22,7 @@ def main(key: str) -> None:
     torch.set_num_threads(settings.threads)
     task = importlib.import_module(f"stages.export.{settings.task}")
     network, description = load_model(paths.trained(settings.task, key))
-    prepared = paths.prepared(settings.task, description.dataset["name"])
+    prepared = paths.prepared(settings.task, settings.dataset)
     graph = task.Graph(network)
     inputs, target = task.inputs(prepared, description)
     with new_directory(paths.exported(settings.task, key)) as output:

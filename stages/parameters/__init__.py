@@ -52,19 +52,21 @@ def load(path: Path = Path("params.yaml")) -> Parameters:
         UserError: every mistake found, one line each, with its path.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing · run commands from the root of the project") from None
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(content.decode("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must be a mapping of {', '.join(SECTIONS)}")
-    mistakes: list[str] = [f"{key}: unknown section; {suggest(key, SECTIONS)}" for key in raw if key not in SECTIONS]
+    mistakes: list[str] = [
+        f"{key}: unknown section; {suggest(str(key), SECTIONS)}" for key in raw if key not in SECTIONS
+    ]
     found: dict[str, dict[str, Any]] = {}
     for section in SECTIONS:
-        entries = raw.get(section) or {}
+        entries = {} if raw.get(section) is None else raw[section]
         if not isinstance(entries, dict):
             mistakes.append(f"{section}: must be a mapping of names, got {entries!r}")
             entries = {}
@@ -104,7 +106,10 @@ def _kind(section: str, name: object, entry: object, mistakes: list[str]) -> Any
         return None
     if section == "sources":
         return AnySource
-    task = name if section == "tasks" else entry.get("task")
+    if section != "tasks" and "task" not in entry:
+        mistakes.append(f"{path}.task: is missing; known: {', '.join(TASKS)}")
+        return None
+    task = name if section == "tasks" else entry["task"]
     if task not in TASKS:
         where = path if section == "tasks" else f"{path}.task"
         mistakes.append(f"{where}: unknown task {task!r}; {suggest(str(task), TASKS)}")
@@ -147,7 +152,7 @@ def _sentence(kind: Any, entry: dict[str, Any], path: str, detail: Any) -> str:
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
             bound = next(detail["ctx"][name] for name in ("gt", "ge", "lt", "le") if name in detail["ctx"])
-            return f"{where}: must be {sign[detail['type']]} {bound}, got {got}"
+            return f"{where}: must be {sign[detail['type']]} {bound:g}, got {got}"
         case "value_error":
             return f"{where}: {detail['ctx']['error']}"
         case _:
@@ -220,9 +225,19 @@ def _contradictions(parameters: Parameters) -> list[str]:
                 mistakes.append(f"{path}.teacher: method {model.method!r} needs a teacher")
         if model.task not in parameters.tasks:
             mistakes.append(f"tasks.{model.task}: is missing, and {path} belongs to this task")
+    for name in parameters.students:
+        chain = [name]
+        while chain[-1] in parameters.students and parameters.students[chain[-1]].teacher not in chain:
+            chain.append(parameters.students[chain[-1]].teacher)
+        if len(chain) > 1 and chain[-1] in parameters.students and parameters.students[chain[-1]].teacher == name:
+            mistakes.append(f"students.{name}.teacher: goes round in a circle: {' <- '.join([*chain, name])}")
     for name, export in parameters.exports.items():
         if name not in parameters.students:
             mistakes.append(f"exports.{name}: unknown student; {suggest(name, parameters.students)}")
-        elif export.task != parameters.students[name].task:
-            mistakes.append(f"exports.{name}.task: must be {parameters.students[name].task!r}, got {export.task!r}")
+            continue
+        # dvc.yaml cannot look them up in the student's own entry, so they stand here again.
+        for field in ("task", "dataset"):
+            wanted, got = getattr(parameters.students[name], field), getattr(export, field)
+            if got != wanted:
+                mistakes.append(f"exports.{name}.{field}: must be the student's own, {wanted!r}, got {got!r}")
     return mistakes

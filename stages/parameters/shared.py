@@ -19,7 +19,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Section(BaseModel):
     """A mapping of params.yaml: unknown keys are refused, values never change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Source(Section):
@@ -130,5 +130,6 @@ class Export(Section):
     """A student that is deployed: exported, measured and, later, registered. An assistant has no entry."""
 
     task: str
+    dataset: str
     tolerance: Rate
     threads: Positive

@@ -1,6 +1,7 @@
 """The loop: outer steps, checkpoints, records and progress."""
 
 import contextlib
+import fcntl
 import logging
 import math
 import os
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ def train(
     context = Context(method, run, seed)
     _prepare(method)
     lead = run.rank == 0
+    lock = _lock(stage, key) if lead else None
     record = Record(folder / FILE, {"stage": stage, "key": key, "digest": name}) if lead else None
     run.barrier()
     start = _resume(folder / CHECKPOINT, method, context, record)
@@ -118,12 +120,30 @@ def train(
                 raise Stopped(143)
     if progress:
         progress.close()
+    if lock:
+        lock.close()
     return folder / FILE
 
 
 def finish(stage: str, key: str) -> None:
     """Remove checkpoints and records of a training whose output is complete."""
     shutil.rmtree(paths.checkpoints(stage, key), ignore_errors=True)
+
+
+def _lock(stage: str, key: str) -> IO[bytes]:
+    """Hold the checkpoints of one training; closing the file, or the end of the process, lets go.
+
+    Raises:
+        UserError: another process holds them.
+    """
+    path = paths.checkpoints(stage, key) / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{stage} {key} is being trained by another process · wait for it, or end it") from None
+    return file
 
 
 def code_digest() -> str:

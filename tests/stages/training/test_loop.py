@@ -130,9 +130,24 @@ def test_a_changed_identity_starts_anew(run: Run) -> None:
     for rate in ("slow", "fast"):
         toy = toys.Feature(run, 16)
         train(toy, run, stage="toy", key="x", steps=5, seed=7, identity={"rate": rate}, checkpoint_seconds=0)
-    folders = list(Path(".checkpoints/toy/x").iterdir())
-    assert len(folders) == 2
-    assert all(torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4 for folder in folders)
+    checkpoints = list(Path(".checkpoints/toy/x").glob("*/checkpoint.pt"))
+    assert len(checkpoints) == 2
+    assert all(torch.load(checkpoint, weights_only=True)["step"] == 4 for checkpoint in checkpoints)
+
+
+def test_two_processes_never_train_the_same_model(run: Run) -> None:
+    toy = toys.Feature(run, 16)
+    step = toy.step
+
+    def another(context: Context) -> object:
+        if context.step == 2:
+            with pytest.raises(UserError, match="toy x is being trained by another process"):
+                train(toys.Feature(run, 16), run, stage="toy", key="x", steps=5, seed=7, identity={"other": 1})
+        return step(context)
+
+    toy.step = another  # type: ignore[method-assign, assignment]
+    train(toy, run, stage="toy", key="x", steps=5, seed=7, identity={})
+    train(toys.Feature(run, 16), run, stage="toy", key="x", steps=5, seed=7, identity={})
 
 
 def test_sigterm_saves_and_exits_with_143(tmp_path: Path) -> None:
@@ -203,7 +218,7 @@ def test_a_failing_write_leaves_the_old_checkpoint(run: Run, monkeypatch: pytest
     monkeypatch.setattr(torch, "save", failing)
     with pytest.raises(UserError, match="disk is full"):
         trained("feature", run, checkpoint_seconds=0)
-    (folder,) = Path(".checkpoints/toy/feature").iterdir()
+    (folder,) = (path for path in Path(".checkpoints/toy/feature").iterdir() if path.is_dir())
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "record.jsonl"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == calls[-2]
     monkeypatch.setattr(torch, "save", save)

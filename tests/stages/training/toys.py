@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stages.distill.horkd import pair_loss, triplet_loss
 from stages.parameters.recognition import Training
 from stages.training import Context, Method, Run, Stream, derive_seed, train
 
@@ -69,7 +70,7 @@ class Toy(Method):
 
 
 class Feature(Toy):
-    """GDD, HORKD: a frozen teacher, a training-only projection, noise from a random stream of its own."""
+    """GDD, HORKD: a frozen teacher, a training-only projection, relations, noise from a random stream of its own."""
 
     def build(self) -> None:
         self.add("teacher", network(6, 4, norm=self.norm))
@@ -91,6 +92,9 @@ class Feature(Toy):
                 projected.shape, generator=context.generator("noise"), dtype=projected.dtype
             )
         terms = {"task": F.cross_entropy(logits, y), "feature": F.mse_loss(projected, target)}
+        # Relations between samples are those of the global batch.
+        everything = context.run.gather(logits), context.run.gather(target)
+        terms["pairs"], terms["triplets"] = 10 * pair_loss(*everything), 10 * triplet_loss(*everything)
         context.update("student", terms)
         return terms
 

@@ -1,0 +1,208 @@
+"""Drawings as SVG inside the page: lines over training steps, and who learns from whom. Colours come from the style."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.report.page import Html, tag
+
+SERIES = 8
+POINTS = 160
+WIDTH, HEIGHT = 360, 224
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 36
+SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The vertical axis: where a value stands, ends in those units, and the values that are labelled."""
+
+    place: Callable[[float], float]
+    low: float
+    high: float
+    ticks: list[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A model in the chain: up to three lines of text; what it learns from, and by which method."""
+
+    name: str
+    kind: str
+    lines: tuple[str, ...]
+    parent: str | None
+    label: str
+
+
+def linear(values: np.ndarray) -> Scale:
+    """Even steps of 1, 2 or 5 times a power of ten."""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    step = _step(high - low)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    ticks = [(index * step, f"{index * step:.6g}") for index in range(first, last + 1)]
+    return Scale(float, first * step, last * step, ticks)
+
+
+def logarithmic(values: np.ndarray) -> Scale:
+    """Equal factors at equal distances; for values of very different size. All must be positive."""
+    low, high = math.log10(values.min()) - 0.03, math.log10(values.max()) + 0.03
+    digits = (1, 2, 5) if high - low < 3 else (1,)
+    all_ticks = [d * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for d in digits]
+    return Scale(math.log10, low, high, [(tick, f"{tick:g}") for tick in all_ticks if low <= math.log10(tick) <= high])
+
+
+def share(values: np.ndarray) -> Scale:
+    """For shares of what is right: equal factors of what is wrong at equal distances, so that 98 % and 99 % differ."""
+    largest = max((float(value) for value in values if value < 1), default=0.99)
+    # 100 % would stand infinitely high; it is put a little above the largest value below it.
+    ceiling = -math.log10(1 - largest) + 0.15
+
+    def place(value: float) -> float:
+        return ceiling if value >= 1 else min(-math.log10(1 - value), ceiling)
+
+    low = place(max(tick for tick in SHARES if tick <= min(values.min(), largest)))
+    high = ceiling if values.max() >= 1 else place(float(values.max())) + 0.06
+    ticks = [(tick, f"{100 * tick:g} %") for tick in SHARES if low <= place(tick) <= high and place(tick) < ceiling]
+    return Scale(place, low, high, ticks)
+
+
+def loss_scale(values: np.ndarray) -> Scale:
+    """Logarithmic where the largest value is ten times the smallest; linear elsewhere."""
+    return logarithmic(values) if values.min() > 0 and values.max() >= 10 * values.min() else linear(values)
+
+
+def lines(
+    series: Mapping[int, tuple[np.ndarray, np.ndarray]], scale: Scale, last_step: float, description: str
+) -> Html:
+    """Curves over training steps.
+
+    Args:
+        series: steps and values, by the number that gives colour and dashes.
+        last_step: where the horizontal axis ends.
+    """
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+
+    def x(step: float) -> float:
+        return LEFT + (right - LEFT) * step / max(last_step, 1)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - TOP) * (scale.place(value) - scale.low) / (scale.high - scale.low)
+
+    parts = []
+    for value, text in scale.ticks:
+        parts.append(tag("line", x1=LEFT, x2=right, y1=f"{y(value):.1f}", y2=f"{y(value):.1f}", class_="grid"))
+        parts.append(tag("text", text, x=LEFT - 7, y=f"{y(value) + 4:.1f}", text_anchor="end", class_="soft"))
+    step = max(_step(last_step), 1)
+    for index in range(int(last_step // step) + 1):
+        at = f"{x(index * step):.1f}"
+        parts.append(tag("text", f"{index * step:,.0f}", x=at, y=bottom + 17, text_anchor="middle", class_="soft"))
+    parts.append(tag("text", "training step", x=right, y=HEIGHT - 4, text_anchor="end", class_="soft"))
+    for number, (steps, values) in series.items():
+        points = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(*thin(steps, values), strict=True)]
+        kind = f"line s{number % SERIES}"
+        if len(points) == 1:
+            points *= 2
+        parts.append(tag("polyline", points=" ".join(points), class_=kind))
+    return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=description)
+
+
+def legend(names: Sequence[str]) -> Html:
+    """The line of every series, by number."""
+    items = [
+        tag(
+            "li",
+            tag("svg", tag("line", x1=0, x2=30, y1=6, y2=6, class_=f"line s{number % SERIES}"), width=30, height=12),
+            name,
+        )
+        for number, name in enumerate(names)
+    ]
+    return tag("ul", *items, class_="legend")
+
+
+def thin(steps: np.ndarray, values: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` points: means over neighbours, the last point as it is."""
+    if len(steps) <= most:
+        return steps, values
+    parts = np.array_split(np.arange(len(steps) - 1), most - 1)
+    return (
+        np.array([*(steps[part].mean() for part in parts), steps[-1]]),
+        np.array([*(values[part].mean() for part in parts), values[-1]]),
+    )
+
+
+def chain(nodes: Sequence[Node], description: str) -> Html:
+    """Who learns from whom, from left to right; whoever teaches nobody stands in the last column."""
+    by_name = {node.name: node for node in nodes}
+    parents = {node.name: node.parent if node.parent in by_name else None for node in nodes}
+    children = {node.name: [other.name for other in nodes if parents[other.name] == node.name] for node in nodes}
+    depth = {name: _depth(name, parents) for name in by_name}
+    last = max(depth.values())
+    row: dict[str, int] = {}
+
+    def settle(name: str, at: int) -> int:
+        """Give rows to a model and all that learn from it; returns the next free row."""
+        row[name] = at
+        following = at
+        for child in children[name]:
+            following = settle(child, following)
+        return max(following, at + 1)
+
+    free = 0
+    for node in nodes:
+        if parents[node.name] is None:
+            free = settle(node.name, free)
+    width = max(150, max(round(7.3 * len(line)) for node in nodes for line in node.lines) + 28)
+    gap = max(80, max(round(6.8 * len(node.label)) for node in nodes) + 34)
+    high, between = 66, 20
+
+    def corner(name: str) -> tuple[int, int]:
+        column = depth[name] if children[name] else last
+        return 2 + column * (width + gap), 2 + row[name] * (high + between)
+
+    parts = []
+    for node in nodes:
+        parent = parents[node.name]
+        left, top = corner(node.name)
+        if parent is not None:
+            start, level = corner(parent)[0] + width, corner(parent)[1] + high // 2
+            end, aim, bend = left - 8, top + high // 2, start + gap // 3
+            turn = f"C{bend},{level} {start},{aim} {start + gap // 2},{aim}" if aim != level else ""
+            parts.append(tag("path", d=f"M{start},{level} {turn} L{end},{aim}", class_="arrow"))
+            parts.append(tag("path", d=f"M{left - 1},{aim} l-9,-4.5 v9 z", class_="head"))
+            parts.append(
+                tag("text", node.label, x=left - 14, y=aim - 7, text_anchor="end", class_="soft", font_size=12)
+            )
+        parts.append(tag("rect", x=left, y=top, width=width, height=high, rx=6, class_=f"box {node.kind}"))
+        for index, line in enumerate(node.lines):
+            parts.append(
+                tag(
+                    "text",
+                    line,
+                    x=left + 13,
+                    y=top + 20 + 18 * index,
+                    class_="soft" if index else None,
+                    font_size=12 if index else 13,
+                    font_weight=None if index else 600,
+                )
+            )
+    wide, tall = 4 + (last + 1) * width + last * gap, 4 + free * high + (free - 1) * between
+    drawing = tag(
+        "svg", *parts, width=wide, height=tall, viewBox=f"0 0 {wide} {tall}", role="img", aria_label=description
+    )
+    return tag("div", drawing, class_="scroll", style="padding:1rem", tabindex="0")
+
+
+def _depth(name: str, parents: Mapping[str, str | None]) -> int:
+    """Teachers between a model and the first of its chain. dvc refuses circles, so that there is a first."""
+    parent = parents[name]
+    return 0 if parent is None else 1 + _depth(parent, parents)
+
+
+def _step(extent: float) -> float:
+    """1, 2 or 5 times a power of ten, four to nine times in an extent."""
+    power = 10.0 ** math.floor(math.log10(extent / 4)) if extent > 0 else 1.0
+    return next(factor * power for factor in (5, 2, 1) if factor * power <= extent / 4) if extent > 0 else 1.0

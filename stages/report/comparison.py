@@ -1,0 +1,270 @@
+"""Models of one data set side by side: columns, the table as text and as HTML, and what may be concluded from it."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stages.report.page import Html, join, note, table, tag
+from stages.report.results import SPLITS, Difference, Group, Model, difference, error_of
+
+WIDTH = 110
+TEACHER_ERRORS, METHOD_ERRORS = 3, 2
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the comparison: a cell per model, as a figure and its standard error."""
+
+    title: str
+    cells: list[tuple[str, str]]
+    numeric: bool = True
+    band: str = ""
+    bold: bool = False
+
+
+def columns(group: Group, task: Any) -> list[Column]:
+    """What is compared. A column that is empty for every model is left out.
+
+    Args:
+        task: the module stages.report.<task>.
+    """
+
+    def column(title: str, cell: Callable[[Model], str | tuple[str, str]], **more: Any) -> Column:
+        cells = [cell(model) for model in group.models]
+        return Column(title, [(cell, "") if isinstance(cell, str) else cell for cell in cells], **more)
+
+    label = task.METRICS[task.MAIN_METRIC].label
+    everything = [
+        column("role", lambda model: model.role + "*" * (model.role == "assistant"), numeric=False),
+        column("method", lambda model: model.method or NOTHING, numeric=False),
+        column("learnt from", lambda model: _origin(group, model), numeric=False),
+        column("input", lambda model: _of(model.description, lambda found: task.size(found.interface))),
+        column(f"validation {label}", lambda model: _main(model, task, "validation"), band="validation", bold=True),
+        column(f"test {label}", lambda model: _main(model, task, "test"), band="test", bold=True),
+        column("vs alone", lambda model: _against(group, model, task), band="test"),
+        column("params", lambda model: _of(model.description, lambda found: f"{found.parameters:,}"), band="cost"),
+        column("weights", lambda model: _of(model.weights_bytes, size_text), band="cost"),
+        column("ONNX", lambda model: _of(model.onnx_bytes, size_text), band="cost"),
+        column("p50 ms", lambda model: _of(model.latency, lambda found: _p50(found["latency_ms"])), band="cost"),
+    ]
+    return [one for one in everything if any(figure != NOTHING for figure, _ in one.cells)]
+
+
+def text(group: Group, task: Any) -> str:
+    """The table for a terminal, and under it what it says."""
+    prefix = next((model.name[: len(model.name) - len(group.short(model.name))] for model in group.models), "")
+    head = f"{group.task} on {group.dataset}" + (
+        f" ({group.test_samples():,} test samples)" * bool(group.test_samples())
+    )
+    head += f"; names of models without {prefix!r}" * bool(prefix)
+    # Selection uses validation; a table for everyday use that shows it beside the test figures would be too wide.
+    shown = [one for one in columns(group, task) if one.band != "validation"]
+    names = Column("model", [(group.short(model.name), "") for model in group.models], numeric=False)
+    blocks = [[one.title, *_aligned(one)] for one in (names, *shown)]
+    widths = [max(len(cell) for cell in block) for block in blocks]
+    numeric = [False, *(one.numeric for one in shown)]
+    lines = []
+    for row in zip(*blocks, strict=True):
+        cells = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    remarks = [*explanations(group, task), *conclusions(group, task), *group.notes]
+    if group.models and not any(model.latency for model in group.models):
+        remarks.append(f"Latency is not measured: `python -m stages.latency {group.task}`, alone on the machine")
+    wrapped = [textwrap.fill(remark, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for remark in remarks]
+    return "\n".join([head, "", *(lines if group.models else []), "", *wrapped])
+
+
+def html(group: Group, task: Any) -> Html:
+    """The table for the page, and a second one with every metric."""
+    shown = columns(group, task)
+    bands: list[tuple[str, int]] = [("", 1)]
+    for one in shown:
+        if one.band == bands[-1][0]:
+            bands[-1] = (one.band, bands[-1][1] + 1)
+        else:
+            bands.append((one.band, 1))
+    rows = [[model.name, *(_cell(*one.cells[index]) for one in shown)] for index, model in enumerate(group.models)]
+    places = list(enumerate(shown, 1))
+    compared = table(
+        ["model", *(one.title.removeprefix(one.band).strip() for one in shown)],
+        rows,
+        numeric=[at for at, one in places if one.numeric],
+        bold=[at for at, one in places if one.bold],
+        rule=[at for at, one in places if at > 1 and one.band != shown[at - 2].band],
+        bands=bands,
+    )
+    said = [tag("p", line) for line in conclusions(group, task)]
+    return join(
+        [
+            tag("div", *said, class_="verdict") if said else None,
+            compared,
+            *(tag("p", line, class_="small soft") for line in explanations(group, task)),
+            tag("p", "Selection uses validation; test figures are read once.", class_="small soft"),
+            *(note(line) for line in group.notes),
+            tag("h4", "All metrics"),
+            _all_metrics(group, task),
+        ]
+    )
+
+
+def _all_metrics(group: Group, task: Any) -> Html:
+    main = 1 + list(task.METRICS).index(task.MAIN_METRIC)
+    parts = []
+    for split in SPLITS:
+        rows = [
+            [
+                model.name,
+                *(
+                    metric.show(model.metrics[split][name]) if name in model.metrics[split] else NOTHING
+                    for name, metric in task.METRICS.items()
+                ),
+            ]
+            for model in group.models
+        ]
+        figures = table(
+            [split, *(metric.label for metric in task.METRICS.values())],
+            rows,
+            numeric=range(1, 1 + len(task.METRICS)),
+            bold=[main],
+            rule=[1],
+        )
+        parts.append(figures)
+    meanings = [f"{metric.label}: {metric.meaning}" for metric in task.METRICS.values() if metric.meaning]
+    return join([tag("div", *parts, class_="side"), tag("p", "; ".join(meanings), ".", class_="small soft")])
+
+
+def explanations(group: Group, task: Any) -> list[str]:
+    """What the signs in the table mean."""
+    lines = []
+    metric = task.METRICS[task.MAIN_METRIC]
+    if any(error_of(model, task.PER_SAMPLE, "test") is not None for model in group.models):
+        unit = "in per cent, " if metric.percent else ""
+        compared = {found.name for model in group.models if (found := _alone(group, model)) is not None}
+        against = f"; vs alone: difference to {', '.join(sorted(compared))}, sample by sample" if compared else ""
+        lines.append(
+            f"{metric.label} {unit}\N{PLUS-MINUS SIGN} one standard error{against}. These errors cover the choice of "
+            "test samples, not what another seed of the training would change."
+        )
+    if any(model.role == "assistant" for model in group.models):
+        lines.append("* an assistant only teaches: it is not deployed and not exported.")
+    return lines
+
+
+def conclusions(group: Group, task: Any) -> list[str]:
+    """What the figures allow one to say about the teachers, and about the method against its baselines."""
+    lines = []
+    for model in group.models:
+        if model.role == "teacher" and (found := _compare(group, model, "alone", task)):
+            other, gap = found
+            leads = gap.beyond(TEACHER_ERRORS) and gap.mean > 0
+            verdict = (
+                f"a lead of more than {TEACHER_ERRORS} standard errors, so there is something to distil"
+                if leads
+                else f"no lead of more than {TEACHER_ERRORS} standard errors, so there is little to distil"
+            )
+            lines.append(f"{model.name} (teacher) is {_distance(gap, other, task)}: {verdict}.")
+    students = [model for model in group.models if model.role == "student"]
+    for model in students or [model for model in group.models if model.method == "kd"]:
+        methods = [method for method in ("alone", "kd") if method != model.method]
+        known = [found for method in methods if (found := _compare(group, model, method, task))]
+        if known:
+            seeds = "one seed" if model.seeds == 1 else f"one of {model.seeds} seeds"
+            lines.append(f"{model.name} is {_weighed(known, task)}; {seeds}.")
+    return lines
+
+
+def _weighed(known: list[tuple[Model, Difference]], task: Any) -> str:
+    """Distances to other models, and whether they are beyond noise; said once where it holds for all."""
+    distances = [_distance(gap, other, task) for other, gap in known]
+    weights = [
+        f"beyond {METHOD_ERRORS} standard errors"
+        if gap.beyond(METHOD_ERRORS)
+        else f"within {METHOD_ERRORS} standard errors, which is noise"
+        for _, gap in known
+    ]
+    if len(set(weights)) == 1:
+        return f"{' and '.join(distances)}: {'both ' * (len(known) == 2)}{weights[0]}"
+    return "; and ".join(f"{distance}, {weight}" for distance, weight in zip(distances, weights, strict=True))
+
+
+def _distance(gap: Difference, other: Model, task: Any) -> str:
+    """As in "0.80 points below recognition-alone (paired s.e. 0.72)"."""
+    metric = task.METRICS[task.MAIN_METRIC]
+    error = metric.show(gap.error)
+    if gap.mean == 0:
+        return f"level with {other.name} (paired s.e. {error})"
+    unit = " points" if metric.percent else ""
+    side = "above" if gap.mean > 0 else "below"
+    return f"{metric.show(abs(gap.mean))}{unit} {side} {other.name} (paired s.e. {error})"
+
+
+def _compare(group: Group, model: Model, method: str, task: Any) -> tuple[Model, Difference] | None:
+    other = group.reference(model, method)
+    gap = difference(model, other, task.PER_SAMPLE, "test") if other else None
+    return (other, gap) if other and gap else None
+
+
+def _alone(group: Group, model: Model) -> Model | None:
+    """What a model's difference is taken to; a model that learnt alone is what others are compared with."""
+    return None if model.method == "alone" else group.reference(model, "alone")
+
+
+def _against(group: Group, model: Model, task: Any) -> tuple[str, str]:
+    other = _alone(group, model)
+    gap = difference(model, other, task.PER_SAMPLE, "test") if other else None
+    if gap is None:
+        return NOTHING, ""
+    metric = task.METRICS[task.MAIN_METRIC]
+    return metric.show_difference(gap.mean), metric.show(gap.error)
+
+
+def _main(model: Model, task: Any, split: str) -> tuple[str, str]:
+    metric = task.METRICS[task.MAIN_METRIC]
+    error = error_of(model, task.PER_SAMPLE, split)
+    return metric.show(model.metrics[split][task.MAIN_METRIC]), "" if error is None else metric.show(error)
+
+
+def _origin(group: Group, model: Model) -> str:
+    if model.learnt_from is not None:
+        return group.short(model.learnt_from)
+    outside = model.description is not None and model.description.recipe.get("from")
+    return "elsewhere" if outside else "labels"
+
+
+def _of(value: Any, show: Callable[[Any], str]) -> str:
+    return NOTHING if value is None else show(value)
+
+
+def _p50(latency: dict[str, Any]) -> str:
+    return f"{latency['1']['p50']:.3f}"
+
+
+def size_text(size: int) -> str:
+    """Bytes with a decimal unit and three digits."""
+    factor, unit = next((factor, unit) for factor, unit in UNITS if size >= factor or factor == 1)
+    return f"{size / factor:.3g} {unit}"
+
+
+def _aligned(column: Column) -> list[str]:
+    """Cells as text: figures under figures, errors under errors."""
+    figures = max(len(figure) for figure, _ in column.cells)
+    errors = max(len(error) for _, error in column.cells)
+    if errors == 0:
+        return [figure for figure, _ in column.cells]
+    return [
+        figure.rjust(figures) + (f" \N{PLUS-MINUS SIGN}{error.rjust(errors)}" if error else " " * (errors + 2))
+        for figure, error in column.cells
+    ]
+
+
+def _cell(figure: str, error: str) -> object:
+    if not error:
+        return figure
+    return join([figure, " ", tag("span", f"\N{PLUS-MINUS SIGN}{error}", class_="error")])

@@ -1,0 +1,164 @@
+"""Recognition: test images as every model sees them, with what it takes them for, and accuracy by class."""
+
+import base64
+import io
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from data import recognition as data
+from data.files import digest
+from stages import paths
+from stages.report.page import Html, join, note, table, tag
+from stages.report.results import Group, Metric, Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAIN_METRIC = "top_1"
+PER_SAMPLE = "correct"
+METRICS = {
+    "top_1": Metric("top-1", True, "share of images whose class is found, in per cent"),
+    "worst_class": Metric("worst class", True, "the same within the class where it is lowest"),
+    "recall_at_1": Metric(
+        "Recall@1", True, "share of images whose nearest other image is of their class; @K: one of the K nearest"
+    ),
+    "recall_at_2": Metric("Recall@2", True),
+    "recall_at_4": Metric("Recall@4", True),
+    "recall_at_8": Metric("Recall@8", True),
+    "calibration_error": Metric("calibration error", True, "mean distance of confidence from accuracy, 0 is best"),
+}
+
+DISAGREED, OTHERS = 9, 3
+CLASSES_SHOWN = 20
+# The strongest shade of the heat table; text stays readable on it.
+HEAT = 0.6
+SIDE = 96
+
+
+def size(interface: dict[str, Any]) -> str:
+    """Height and width of the image that goes in."""
+    return f"{interface['resolution']}x{interface['resolution']}"
+
+
+def figures(group: Group) -> list[tuple[str, Html]]:
+    """Sections of this task."""
+    return [("Test images", images(group)), ("Accuracy by class", by_class(group))]
+
+
+def images(group: Group) -> Html:
+    """Test images at the resolution of every model, with all predictions; first those where models disagree."""
+    prepared = paths.prepared(group.task, group.dataset)
+    models = [model for model in group.models if model.samples is not None and model.description is not None]
+    if not models or not (prepared / "images.npy").is_file():
+        return note(f"The images are not here ({prepared}) · run `dvc repro prepare@{group.dataset}`")
+    tables = {model.name: _test(model) for model in models}
+    chosen, disagreed = choose(tables)
+    ids, pixels, labels = data.load(prepared, "test")
+    place = {name: index for index, name in enumerate(ids)}
+    chosen = [name for name in chosen if name in place]
+    names = data.describe(prepared)["classes"]
+    rows = [place[name] for name in chosen]
+    unit = data.to_unit(pixels[rows])
+    sides = sorted({_side(model) for model in models}, reverse=True)
+    views = {side: data.downsample(unit, side) for side in sides}
+    cards = []
+    for index, name in enumerate(chosen):
+        truth = names[int(labels[rows[index]])]
+        shown = [_view(views[side][index], f"{name}, class {truth}, {side} by {side} pixels") for side in sides]
+        opinions = [_opinion(group.short(model.name), tables[model.name].loc[name], names) for model in models]
+        caption = tag("figcaption", "class ", tag("b", truth), f" · {name}")
+        cards.append(tag("figure", tag("div", *shown, class_="views"), caption, tag("ul", *opinions), class_="sample"))
+    seen = "; ".join(
+        f"{side}x{side}: " + ", ".join(group.short(model.name) for model in models if _side(model) == side)
+        for side in sides
+    )
+    said = (
+        f"Models disagree on {disagreed:,} of {len(ids):,} test images: some right, some wrong. Here are up to "
+        f"{DISAGREED} of these, then others, chosen by a digest of their names. Who sees which size: {seen}. Beside "
+        "each class stands the model's confidence."
+    )
+    return join([tag("p", said, class_="small soft"), tag("div", *cards, class_="samples")])
+
+
+def choose(tables: dict[str, pd.DataFrame]) -> tuple[list[str], int]:
+    """Ids to show: first where some models are right and some wrong, then others; and the number of the former.
+
+    The order is that of a digest of the id: it looks random and is the same for ever.
+
+    Args:
+        tables: of each model, a row per test sample, by id, with the column `correct`.
+    """
+    correct = pd.concat([found["correct"] for found in tables.values()], axis=1, join="inner")
+    mixed = correct.nunique(axis=1) > 1
+    order = sorted((str(name) for name in correct.index), key=digest)
+    disagreed = [name for name in order if mixed[name]]
+    rest = [name for name in order if not mixed[name]]
+    return disagreed[:DISAGREED] + rest[: DISAGREED + OTHERS - min(len(disagreed), DISAGREED)], len(disagreed)
+
+
+def by_class(group: Group) -> Html:
+    """Accuracy on the test split by class and model; the more is wrong, the stronger the shade."""
+    tables = {
+        model.name: model.classes[model.classes["split"] == "test"].set_index("label")
+        for model in group.models
+        if model.classes is not None
+    }
+    if not tables:
+        return note("There are no figures by class · run `dvc checkout` or `dvc repro`")
+    accuracy = pd.DataFrame({name: found["accuracy"] for name, found in tables.items()})
+    first = next(iter(tables.values()))
+    left_out = len(accuracy) - CLASSES_SHOWN
+    if left_out > 0:
+        accuracy = accuracy.loc[accuracy.mean(axis=1).sort_values(kind="stable").index[:CLASSES_SHOWN]]
+    worst = float((1 - accuracy).to_numpy().max())
+    rows = [
+        [first.loc[label, "class"], f"{first.loc[label, 'samples']:,}", *(_heat(value, worst) for value in values)]
+        for label, values in zip(accuracy.index, accuracy.to_numpy(), strict=True)
+    ]
+    headings = ["class", "samples", *(group.short(name) for name in accuracy.columns)]
+    said = "Test accuracy in per cent; the more is wrong, the stronger the shade."
+    if left_out > 0:
+        said += f" The {CLASSES_SHOWN} classes with the lowest mean; {left_out} others are left out."
+    return join([table(headings, rows, numeric=range(1, len(headings))), tag("p", said, class_="small soft")])
+
+
+def _heat(accuracy: float, worst: float) -> Html:
+    depth = HEAT * (1 - accuracy) / worst if worst > 0 else 0.0
+    return tag("td", f"{100 * accuracy:.1f}", class_="heat", style=f"--share:{depth:.3f}")
+
+
+def _test(model: Model) -> pd.DataFrame:
+    """Its test samples by id."""
+    table = model.samples if model.samples is not None else pd.DataFrame(columns=["split", "id"])
+    return table[table["split"] == "test"].set_index("id")
+
+
+def _side(model: Model) -> int:
+    return int(model.description.interface["resolution"]) if model.description else 0
+
+
+def _opinion(model: str, row: Any, names: list[str]) -> Html:
+    """One line: right or wrong, who, and what it takes the image for."""
+    right = bool(row["correct"])
+    mark = tag("span", "\N{CHECK MARK}" if right else "\N{BALLOT X}", title="right" if right else "wrong")
+    answer = tag("span", tag("b", names[int(row["prediction"])]), f" {100 * row['confidence']:.0f} %")
+    return tag("li", mark, tag("span", model), answer, class_="right" if right else "wrong")
+
+
+def _view(image: "Tensor", description: str) -> Html:
+    """An image (C, H, W) in [0, 1], as many pixels as it has; the page enlarges them as squares."""
+    from PIL import Image
+
+    array = (image * 255).round().byte().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    file = io.BytesIO()
+    picture.save(file, format="png", optimize=True)
+    source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    side = picture.width
+    few = "pixels" if side <= SIDE else None
+    return tag(
+        "div",
+        tag("img", src=source, alt=description, width=SIDE, height=SIDE, class_=few),
+        f"{side}\N{MULTIPLICATION SIGN}{side}",
+    )

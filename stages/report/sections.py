@@ -1,0 +1,205 @@
+"""What every task has: who teaches whom, curves, export, latency, validation, and how to reproduce it all."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages import paths
+from stages.report import charts
+from stages.report.comparison import size_text
+from stages.report.page import Html, code, join, note, table, tag
+from stages.report.results import Group, Model
+
+
+def facts(group: Group) -> Html:
+    """Where the data come from and what may be done with them."""
+    rows: list[tuple[str, object]] = [("data set", f"{group.dataset} ({_splits(group)})")]
+    for name, source in group.sources.items():
+        rows += [("source", name), ("credit", source["credit"]), ("licence", source["licence"])]
+    listed = tag("dl", *(join([tag("dt", key), tag("dd", value)]) for key, value in rows), class_="facts")
+    closed = [name for name, source in group.sources.items() if not source["redistributable"]]
+    warning = note(
+        f"Not to be passed on: {', '.join(closed)} may not be redistributed. This page may show samples of it, and the "
+        "models were made from it.",
+        "warning",
+    )
+    return join([warning if closed else None, listed])
+
+
+def _splits(group: Group) -> str:
+    table = next((model.samples for model in group.models if model.samples is not None), None)
+    if table is None:
+        return "numbers of samples unknown"
+    return ", ".join(f"{split} {count:,}" for split, count in table["split"].value_counts(sort=False).items())
+
+
+def chain(group: Group, task: Any) -> Html:
+    """Who learns from whom."""
+    metric = task.METRICS[task.MAIN_METRIC]
+    nodes = []
+    for model in group.models:
+        figure = metric.show(model.metrics["test"][task.MAIN_METRIC]) + " %" * metric.percent
+        found = model.description
+        nodes.append(
+            charts.Node(
+                name=model.name,
+                kind=model.role,
+                lines=(
+                    model.name,
+                    f"{model.role} · {task.size(found.interface)}" if found else model.role,
+                    f"test {metric.label} {figure}",
+                ),
+                parent=model.learnt_from,
+                label=model.method or "",
+            )
+        )
+    links = "; ".join(f"{model.name} learns from {model.learnt_from or 'labels'}" for model in group.models)
+    drawing = charts.chain(nodes, links)
+    said = "An arrow is a training, named by its method. Who has no arrow learnt from labels alone."
+    return join([drawing, tag("p", said, class_="small soft")])
+
+
+def curves(group: Group, task: Any) -> Html:
+    """Validation metrics, then every term of the losses, a chart each, a line per model."""
+    found = {number: model.curve for number, model in enumerate(group.models) if model.curve is not None}
+    if not found:
+        return note(f"There are no training curves · run `dvc repro` or `dvc checkout` (reports/curves/{group.task})")
+    names = sorted({str(column) for curve in found.values() for column in curve.columns})
+    # The curve that decides first, then the term that all share, then the terms of single methods.
+    wanted = [name for name in names if name.startswith("validation/")]
+    wanted += sorted(
+        (name for name in names if name.startswith("loss/")),
+        key=lambda name: (-sum(name in curve.columns for curve in found.values()), name),
+    )
+    last = max(float(curve["step"].max()) for curve in found.values())
+    drawn = []
+    for name in wanted:
+        series = {}
+        for number, curve in found.items():
+            if name in curve.columns and curve[name].notna().any():
+                known = curve[["step", name]].dropna()
+                series[number] = (known["step"].to_numpy(dtype=float), known[name].to_numpy(dtype=float))
+        if series:
+            drawn.append(_chart(name, series, last, group, task))
+    said = "Losses as recorded every few steps; an axis whose labels grow by factors is logarithmic."
+    return join(
+        [
+            charts.legend([model.name for model in group.models]),
+            tag("div", *drawn, class_="charts"),
+            tag("p", said, class_="small soft"),
+        ]
+    )
+
+
+def _chart(name: str, series: dict[int, tuple[np.ndarray, np.ndarray]], last: float, group: Group, task: Any) -> Html:
+    values = np.concatenate([values for _, values in series.values()])
+    metric = task.METRICS.get(name.removeprefix("validation/"))
+    if name.startswith("loss/"):
+        scale, more = charts.loss_scale(values), ""
+    elif metric is not None and metric.percent and values.min() >= 0 and values.max() <= 1:
+        scale, more = charts.share(values), " (wider towards 100 %)"
+    else:
+        scale, more = charts.linear(values), ""
+    who = ", ".join(group.models[number].name for number in series)
+    drawing = charts.lines(series, scale, last, f"{name} over training steps: {who}")
+    return tag("figure", tag("figcaption", tag("b", name), more), drawing)
+
+
+def export(group: Group, task: Any) -> Html:
+    """How near the exported graphs are to PyTorch."""
+    metric = task.METRICS[task.MAIN_METRIC]
+    rows = []
+    for model in group.models:
+        if model.exported is not None:
+            parity = model.exported["parity"]
+            largest = ", ".join(f"{name} {value:g}" for name, value in parity["largest_difference"].items())
+            same = [metric.show(parity["metric"][kind]) for kind in ("onnx", "pytorch")]
+            size = size_text(model.onnx_bytes) if model.onnx_bytes is not None else "-"
+            rows.append([model.name, f"{parity['samples']:,}", largest, *same, size])
+    if not rows:
+        targets = _export_targets(group)
+        return note(f"Nothing is exported yet · run `dvc repro {targets}`" if targets else "Nothing is to be exported")
+    headings = ["model", "samples", "largest difference", f"{metric.label} ONNX", f"{metric.label} PyTorch", "file"]
+    said = "ONNX Runtime against PyTorch on the validation split, as the export stage found it."
+    return join([tag("p", said, class_="small soft"), table(headings, rows, numeric=(1, 3, 4, 5))])
+
+
+def _export_targets(group: Group) -> str:
+    """Stages that export what is deployed."""
+    return " ".join(f"export@{model.name}" for model in group.models if model.deployed)
+
+
+def latency(group: Group) -> Html:
+    """Time and size in ONNX Runtime, or the command that measures them."""
+    command = f"python -m stages.latency {group.task}"
+    measured = [model for model in group.models if model.latency is not None]
+    if group.latency is None or not measured:
+        said = "Not measured yet. Alone on the machine, after the exports:"
+        return join([tag("p", said), code(command)])
+    batches = list(measured[0].latency["latency_ms"]) if measured[0].latency else []
+    rows = [_latency_row(model, batches) for model in measured]
+    headings = ["model", *(quantile for _ in batches for quantile in ("p50 ms", "p95 ms")), "parameters", "ONNX file"]
+    bands = [("", 1), *((f"batch {batch}", 2) for batch in batches), ("size", 2)]
+    rule = range(1, 2 * len(batches) + 2, 2)
+    machine, threads = group.latency["machine"], group.latency["threads"]
+    said = (
+        f"ONNX Runtime, {threads} thread{'s' * (threads != 1)}, on {machine['processor'] or 'an unnamed processor'} "
+        f"({machine['cores']} cores), {group.latency['time']}. Only figures of one run on one machine compare."
+    )
+    figures = table(headings, rows, numeric=range(1, len(headings)), bold=[1], rule=rule, bands=bands)
+    return join([figures, tag("p", said, class_="small soft")])
+
+
+def _latency_row(model: Model, batches: list[str]) -> list[object]:
+    found = model.latency or {}
+    times = [f"{found['latency_ms'][batch][name]:.3f}" for batch in batches for name in ("p50", "p95")]
+    return [model.name, *times, f"{found['parameters']:,}", size_text(found["bytes"])]
+
+
+def validation(group: Group, reports: Path) -> Html:
+    """What was expected of the data, and what was not met.
+
+    Args:
+        reports: the folder of the page, which the link to Data Docs starts from.
+    """
+    folder = paths.validation_report(group.task, group.dataset)
+    if group.findings is None:
+        return note(f"There is no report of the validation · run `python -m stages.validate {group.dataset}`")
+    if group.findings["error"] is not None:
+        return note(f"The data could not be checked: {group.findings['error']}", "warning")
+    findings = group.findings["findings"]
+    failed = [found["sentence"] for found in findings if not found["success"]]
+    rows = ", ".join(f"{name} {count:,}" for name, count in group.findings["rows"].items())
+    said = f"{len(findings) - len(failed)} of {len(findings)} expectations are met (rows looked at: {rows})."
+    docs = folder / "index.html"
+    link = tag("a", "Data Docs", href=docs.relative_to(reports).as_posix()) if docs.is_file() else None
+    return join(
+        [
+            note(said, "warning") if failed else tag("p", said),
+            tag("ul", *(tag("li", sentence) for sentence in failed)) if failed else None,
+            tag("p", "Every expectation, with what was found: ", link, ".") if link else None,
+        ]
+    )
+
+
+def reproduce(group: Group, revision: str | None) -> Html:
+    """The commands that lead to this page."""
+    targets = _export_targets(group)
+    wanted = [
+        ("make setup", "the environment, once"),
+        (f"dvc repro evaluate@{group.task}", "trains what is not trained yet, evaluates every model"),
+        *([(f"dvc repro {targets}", "")] if targets else []),
+        (f"python -m stages.latency {group.task}", "alone on the machine"),
+        (f"python -m stages.report {group.task}", "this page"),
+    ]
+    if revision is not None:
+        commit, *more = revision.split()
+        wanted.insert(0, (f"git checkout {commit}", "and changes that no commit holds" if more else ""))
+    width = max(len(command) for command, meaning in wanted if meaning)
+    commands = [f"{command:{width}}  # {meaning}" if meaning else command for command, meaning in wanted]
+    said = (
+        "What is trained, and how, stands in params.yaml. The same inputs, parameters and number of threads give the "
+        "same weights on one type of machine."
+    )
+    return join([tag("p", said), code(*commands)])

@@ -1,0 +1,295 @@
+"""The learners on a small prepared data set: what moves, what is skipped, what two networks see."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data import recognition as data
+from data.errors import UserError
+from models.artifacts import Description, load_model, save_model
+from models.recognition import build
+from stages.distill import alone, horkd, kd
+from stages.parameters import recognition as schema
+from stages.teach.recognition import Recognition, for_student, for_teacher
+from stages.training import Context, Run
+
+NETWORK = {"name": "resnet", "widths": [4, 6]}
+TRAINING: dict[str, Any] = {"epochs": 2, "batch": 12, "accelerator": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 images of 12 x 12 in three classes."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 30)
+    pixels = generator.integers(0, 80, (90, 12, 12)) + 150 * (np.arange(12)[None, None] // 4 == labels[:, None, None])
+    np.savetxt(folder / "x.csv", np.column_stack([pixels.reshape(90, -1), labels]), fmt="%d", delimiter=",")
+    dataset = schema.Dataset.model_validate(
+        {
+            "task": "recognition",
+            "source": "x",
+            "format": "csv",
+            "file": "x.csv",
+            "size": 12,
+            "channels": 1,
+            "classes": ["a", "b", "c"],
+            "split": {"validation": 15, "test": 15},
+        }
+    )
+    output = folder / "prepared"
+    output.mkdir()
+    data.prepare(folder, dataset, output, {"name": "x", "licence": "", "credit": "", "redistributable": True})
+    return output
+
+
+@pytest.fixture
+def run() -> Run:
+    return Run(schema.Training.model_validate(TRAINING))
+
+
+def describe(prepared: Path, widths: list[int], classes: int = 3) -> Description:
+    interface = {"classes": ["a", "b", "c"][:classes], "channels": 1, "resolution": 12, "mean": [0.3], "std": [0.3]}
+    network = {"name": "resnet", "widths": widths, "blocks": 1, "embedding": None}
+    return Description("big", "recognition", "teacher", network, interface, {}, {}, None, [])
+
+
+def teacher(prepared: Path, widths: tuple[int, ...] = (6, 10), classes: int = 3) -> tuple[nn.Module, Description]:
+    description = describe(prepared, list(widths), classes)
+    torch.manual_seed(1)
+    return build({"network": description.network, "interface": description.interface}).eval(), description
+
+
+def student(method: str, **fields: Any) -> Any:
+    base = {"task": "recognition", "dataset": "x", "method": method, "teacher": "big", "resolution": 6}
+    kinds = {"alone": schema.Alone, "kd": schema.KD, "horkd": schema.HORKD}
+    if method == "alone":
+        base["teacher"] = "none"
+    return kinds[method].model_validate({**base, "network": NETWORK, "training": TRAINING, **fields})
+
+
+def steps(learner: Any, run: Run, count: int = 5) -> dict[str, Tensor]:
+    context = Context(learner, run, 0)
+    for name, module in learner.modules.items():
+        module.train(name not in learner.frozen)
+    for step in range(count):
+        context.begin(step)
+        last = learner.step(context)
+    return last
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def learner(method: str, prepared: Path, run: Run, **fields: Any) -> Any:
+    entry = student(method, **fields)
+    taught = None if method == "alone" else teacher(prepared)
+    module = {"alone": alone, "kd": kd, "horkd": horkd}[method]
+    return module.Learner(for_student(entry, prepared, run, taught), entry, run)
+
+
+@pytest.mark.parametrize("method", ["kd", "horkd"])
+def test_the_source_does_not_move_and_the_rest_does(method: str, prepared: Path, run: Run) -> None:
+    ours = learner(method, prepared, run)
+    before = {name: weights(module) for name, module in ours.modules.items()}
+    steps(ours, run)
+    for name, module in ours.modules.items():
+        assert equal(before[name], weights(module)) == (name in ours.frozen), name
+    frozen = [ours.modules[name] for name in ours.frozen]
+    assert frozen
+    assert all(parameter.grad is None for module in frozen for parameter in module.parameters())
+
+
+def test_weights_of_zero_are_the_objective_alone_bit_for_bit(prepared: Path, run: Run) -> None:
+    results = []
+    for method, fields in (
+        ("alone", {}),
+        ("kd", {"alpha": 0.0}),
+        ("horkd", {"weights": {"task": 1.0, "points": 0.0, "pairs": 0.0, "triplets": 0.0}}),
+    ):
+        ours = learner(method, prepared, run, **fields)
+        steps(ours, run)
+        results.append(weights(ours.student))
+    assert equal(results[0], results[1])
+    assert equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("order", ["points", "pairs", "triplets"])
+def test_an_order_with_weight_zero_is_not_computed(
+    order: str, prepared: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> Tensor:
+        raise AssertionError("it was computed")
+
+    monkeypatch.setattr(
+        horkd, {"points": "point_loss", "pairs": "pair_loss", "triplets": "triplet_loss"}[order], refuse
+    )
+    last = steps(learner("horkd", prepared, run, weights={order: 0.0}), run, 1)
+    assert f"loss/{order}" not in last
+    assert len(last) == 3
+    with pytest.raises(AssertionError, match="it was computed"):
+        steps(learner("horkd", prepared, run), run, 1)
+
+
+def test_a_projection_exists_only_where_widths_differ(prepared: Path, run: Run) -> None:
+    different = learner("horkd", prepared, run)
+    assert different.modules["projection"].weight.shape == (10, 6)
+    assert different.modules["projection"].bias is None
+    assert "projection" not in learner("horkd", prepared, run, weights={"points": 0.0}).modules
+    same = student("horkd")
+    task = for_student(same, prepared, run, teacher(prepared, (4, 6)))
+    assert "projection" not in horkd.Learner(task, same, run).modules
+
+
+def test_the_terms_are_those_of_the_equations(prepared: Path, run: Run) -> None:
+    """One step against the loss written down here, with torch's own optimiser."""
+    entry = student("horkd", weights={"task": 0.5, "points": 2.0, "pairs": 7.0, "triplets": 11.0})
+    ours = horkd.Learner(for_student(entry, prepared, run, teacher(prepared)), entry, run)
+    twin = horkd.Learner(for_student(entry, prepared, run, teacher(prepared)), entry, run)
+    twin.modules["projection"].load_state_dict(ours.modules["projection"].state_dict())
+    steps(ours, run, 1)
+    context = Context(twin, run, 0)
+    context.begin(0)
+    for name, module in twin.modules.items():
+        module.train(name not in twin.frozen)
+    views = twin._task.views(context)
+    with torch.no_grad():
+        source = twin.modules["source"](views.teacher).pooled
+    output = twin.modules["student"](views.student)
+    loss = (
+        0.5 * nn.functional.cross_entropy(output.logits, views.target)
+        + 2.0 * (twin.modules["projection"](output.pooled) - source).square().mean()
+        + 7.0 * horkd.pair_loss(output.pooled, source)
+        + 11.0 * horkd.triplet_loss(output.pooled, source)
+    )
+    loss.backward()
+    for group in twin.optimizers["student"].param_groups:
+        group["lr"] = twin.schedules["student"](0)
+    twin.optimizers["student"].step()
+    for name, tensor in weights(twin.student).items():
+        torch.testing.assert_close(weights(ours.student)[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_both_networks_see_the_same_crop(prepared: Path, run: Run) -> None:
+    entry = student("horkd", training={**TRAINING, "augment": {"shift": 3, "flip": True}})
+    task = for_student(entry, prepared, run, teacher(prepared))
+    ours = horkd.Learner(task, entry, run)
+    context = Context(ours, run, 0)
+    context.begin(0)
+    views = task.views(context)
+    assert views.teacher.shape == (12, 1, 12, 12)
+    assert views.student.shape == (12, 1, 6, 6)
+    torch.testing.assert_close(views.student, data.downsample(views.teacher, 6))
+    difference = (views.student.mean((2, 3)) - views.teacher.mean((2, 3))).abs().max()
+    assert difference < 0.05
+    context.begin(1)
+    assert not torch.equal(task.views(context).teacher, views.teacher)
+
+
+def test_a_shuffled_pairing_costs(prepared: Path, run: Run) -> None:
+    """A student that equals its source has a point loss of 0, and only with the right pairing."""
+    taught = teacher(prepared, (4, 6))
+    entry = student("horkd", resolution=12)
+    task = for_student(entry, prepared, run, taught)
+    task.student.load_state_dict(taught[0].state_dict())
+    ours = horkd.Learner(task, entry, run)
+    context = Context(ours, run, 0)
+    context.begin(0)
+    views = task.views(context)
+    with torch.no_grad():
+        task.student.normalise = taught[0].normalise
+        a, b = task.student.eval()(views.student).pooled, taught[0](views.teacher).pooled
+        assert horkd.point_loss(a, b) < 1e-10
+        assert horkd.point_loss(a, b.roll(1, 0)) > 1e-6
+
+
+@pytest.mark.parametrize("method", ["alone", "kd", "horkd"])
+def test_the_student_is_the_plain_network(method: str, prepared: Path, run: Run, tmp_path: Path) -> None:
+    ours = learner(method, prepared, run)
+    steps(ours, run, 2)
+    task = ours._task
+    plain = build({"network": task.network, "interface": task.interface})
+    assert ours.student.state_dict().keys() == plain.state_dict().keys()
+    assert not any(module._forward_hooks for module in ours.student.modules())
+    description = Description("s", "recognition", "student", task.network, task.interface, {}, {}, None, [])
+    save_model(tmp_path, ours.student, description)
+    loaded, _ = load_model(tmp_path)
+    loaded = loaded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.rand(5, 1, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, ours.student.eval()(images).logits)
+
+
+def test_the_same_seed_gives_the_same_student(prepared: Path, run: Run) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        ours = learner("horkd", prepared, run, training={**TRAINING, "seed": seed})
+        steps(ours, run, 2)
+        results.append(weights(ours.student))
+    assert equal(results[0], results[1])
+    assert not equal(results[0], results[2])
+
+
+def test_bfloat16_keeps_the_losses_in_float32(prepared: Path) -> None:
+    mixed = Run(schema.Training.model_validate({**TRAINING, "precision": "bf16-mixed"}))
+    for method in ("kd", "horkd"):
+        last = steps(learner(method, prepared, mixed), mixed, 3)
+        assert all(value.dtype == torch.float32 and value.isfinite() for value in last.values()), last
+
+
+def test_a_teacher_of_other_classes_is_refused(prepared: Path, run: Run) -> None:
+    with pytest.raises(UserError, match=r"teacher 'big' .* differ in classes: 2 against 3 classes"):
+        for_student(student("kd"), prepared, run, teacher(prepared, classes=2))
+
+
+def test_a_batch_larger_than_the_data_is_refused(prepared: Path, run: Run) -> None:
+    entry = student("alone", training={**TRAINING, "batch": 64})
+    with pytest.raises(UserError, match=r"60 samples do not fill a batch of 64 .* lower training.batch"):
+        for_student(entry, prepared, run, None)
+
+
+def test_the_rate_rises_then_falls_to_zero(prepared: Path, run: Run) -> None:
+    entry = student("alone", training={**TRAINING, "epochs": 20, "learning_rate": 0.2, "warmup": 0.1})
+    task = for_student(entry, prepared, run, None)
+    rates = [task.schedule(task.steps)(count) for count in range(task.steps)]
+    assert task.steps == 100
+    assert max(rates) == pytest.approx(0.2)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+def outside(file: Path, digest: str, **network: Any) -> schema.Teacher:
+    return schema.Teacher.model_validate(
+        {
+            "task": "recognition",
+            "dataset": "x",
+            "from": {"file": str(file), "sha256": digest, "network": {**NETWORK, **network}},
+            "training": TRAINING,
+        }
+    )
+
+
+def test_an_existing_model_is_taken_as_it_is(prepared: Path, run: Run, tmp_path: Path) -> None:
+    from data.files import sha256
+
+    network, description = teacher(prepared)
+    save_model(tmp_path, network, description)
+    file = tmp_path / "weights.safetensors"
+    task: Recognition = for_teacher(outside(file, sha256(file), widths=[6, 10]), prepared, run)
+    assert equal(weights(network), weights(task.student))
+    with pytest.raises(
+        UserError, match=r"stages.1.conv1.weight: \(10, 6, 3, 3\) in the file, \(12, 6, 3, 3\) in the network"
+    ):
+        for_teacher(outside(file, sha256(file), widths=[6, 12]), prepared, run)
+    with pytest.raises(UserError, match="is not what is pinned"):
+        for_teacher(outside(file, "0" * 64, widths=[6, 10]), prepared, run)
