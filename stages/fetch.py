@@ -69,9 +69,9 @@ def _unpack(key: str, archive: Path, members: list[str], output: Path) -> None:
 
 def _url(key: str, source: UrlSource, output: Path) -> None:
     """Download one file."""
-    name = Path(urllib.parse.urlparse(source.url).path).name or "download"
-    target = output / name
     try:
+        name = Path(urllib.parse.urlparse(source.url).path).name or "download"
+        target = output / name
         with urllib.request.urlopen(source.url, timeout=60) as response, target.open("wb") as file:
             shutil.copyfileobj(response, file)
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:

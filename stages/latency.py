@@ -17,8 +17,7 @@ from data.errors import UserError
 from data.files import sha256, write_json
 from models.artifacts import load_model, read_description
 from stages import command, paths
-from stages.export.__main__ import FILE
-from stages.export.onnx_graph import session, write_onnx
+from stages.export.onnx_graph import FILE, session, write_onnx
 from stages.parameters import load, select
 
 BATCHES = (1, 32)

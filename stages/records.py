@@ -19,20 +19,20 @@ FILE = "record.jsonl"
 
 
 class Record:
-    """A growing record. It may be cut back to an earlier length, when training resumes from a checkpoint."""
+    """A growing record.
 
-    def __init__(self, path: Path, header: Mapping[str, str]) -> None:
+    Args:
+        length: bytes of an earlier record in the same place that are kept, when training resumes from a checkpoint;
+            0 starts anew.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, str], length: int = 0) -> None:
         self.path = path
-        self._header = json.dumps(dict(header)) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.cut(0)
-
-    def cut(self, length: int) -> None:
-        """Keep the first `length` bytes; 0 starts anew."""
-        if length == 0 or not self.path.is_file() or self.path.stat().st_size < length:
-            self.path.write_text(self._header, encoding="utf-8")
+        if length:
+            os.truncate(path, length)
         else:
-            os.truncate(self.path, length)
+            path.write_text(json.dumps(dict(header)) + "\n", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append values, six significant digits each.

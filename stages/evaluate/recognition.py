@@ -74,8 +74,8 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
 def same_class_rank(embeddings: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
     """(N,) int64: the place, from 1, of the nearest other sample of the same class among all other samples.
 
-    0 where the class has no other sample. Neighbours by Euclidean distance, leave-one-out, a sample of the same class
-    first among equals; Recall@K is the share of ranks <= K.
+    0 where the class has no other sample. Neighbours by Euclidean distance, leave-one-out; among equals the other
+    classes come first, so that embeddings that collapsed find nothing. Recall@K is the share of ranks <= K.
 
     Args:
         embeddings: (N, D). labels: (N,).
@@ -89,7 +89,7 @@ def same_class_rank(embeddings: Tensor, labels: Tensor, chunk: int = 1024) -> Te
         same = labels[rows, None] == labels[None, :]
         same[torch.arange(len(distance)), own] = False
         nearest = distance.masked_fill(~same, float("inf")).amin(1, keepdim=True)
-        closer = ((distance < nearest) & ~same).sum(1)
+        closer = ((distance <= nearest) & ~same).sum(1)
         ranks.append(torch.where(same.any(1), closer + 1, 0))
     return torch.cat(ranks)
 

@@ -10,10 +10,8 @@ from data.errors import UserError
 from data.files import new_directory, sha256, write_json
 from models.artifacts import load_model
 from stages import command, paths
-from stages.export.onnx_graph import infer, session, write_onnx
+from stages.export.onnx_graph import FILE, infer, session, write_onnx
 from stages.parameters import load, select
-
-FILE = "model.onnx"
 
 
 def main(key: str) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+FILE = "model.onnx"
+
 
 def write_onnx(
     graph: nn.Module, example: np.ndarray, input_name: str, output_names: tuple[str, ...], path: Path

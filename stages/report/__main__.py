@@ -4,7 +4,9 @@ Not a stage: it holds times. It reads what the pipeline wrote, and trains and ev
 """
 
 import importlib
+import io
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ def main(key: str) -> None:
     generated = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     document = _document(groups, tasks, notes, revision, generated)
     write_file(PAGE, lambda file: file.write(document.encode()))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that knows only ASCII gets a question mark for a sign, not a failure.
+        sys.stdout.reconfigure(errors="replace")
     for group in groups:
         print(comparison.text(group, tasks[group.task]), end="\n\n")
     for line in notes:

@@ -13,7 +13,7 @@ from data.errors import UserError
 from data.files import digest
 from models.artifacts import WEIGHTS, Description, read_description
 from stages import paths
-from stages.export.__main__ import FILE as ONNX
+from stages.export.onnx_graph import FILE as ONNX
 from stages.parameters import Parameters
 from stages.parameters.shared import Dataset, Source, Student, Teacher
 from stages.records import FILE as RECORD

@@ -56,7 +56,7 @@ def chain(group: Group, task: Any) -> Html:
         )
     links = "; ".join(f"{model.name} learns from {model.learnt_from or 'labels'}" for model in group.models)
     drawing = charts.chain(nodes, links)
-    said = "An arrow is a training, named by its method. Who has no arrow learnt from labels alone."
+    said = "An arrow is a training, named by its method. Who has no arrow learnt from no other model."
     return join([drawing, tag("p", said, class_="small soft")])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import UserError
-from data.files import digest, remove_partials, sha256, write_file
+from data.files import digest, sha256, write_file
 from stages import paths
 from stages.records import FILE, Record
 from stages.training.method import Context, Method
@@ -82,9 +82,13 @@ def train(
     _prepare(method)
     lead = run.rank == 0
     lock = _lock(stage, key) if lead else None
-    record = Record(folder / FILE, {"stage": stage, "key": key, "digest": name}) if lead else None
+    state = _load(folder, run)
     run.barrier()
-    start = _resume(folder / CHECKPOINT, method, context, record)
+    header = {"stage": stage, "key": key, "digest": name}
+    record = Record(folder / FILE, header, state["record"] if state else 0) if lead else None
+    start = _restore(state, method, context) if state else 0
+    if start and lead:
+        log.info("%s %s: going on at step %d", stage, key, start)
     pending: list[tuple[int, dict[str, Tensor]]] = []
     saved_at = time.monotonic()
     progress = _Progress(f"{stage} {key}", start, steps) if lead else None
@@ -209,12 +213,17 @@ def _save(path: Path, method: Method, context: Context, record: Record, step: in
     write_file(path, lambda file: torch.save(state, file))
 
 
-def _resume(path: Path, method: Method, context: Context, record: Record | None) -> int:
-    """Load the checkpoint, if there is one, in every process; returns the step to go on with."""
-    remove_partials(path)
+def _load(folder: Path, run: Run) -> dict[str, Any] | None:
+    """The checkpoint; None if there is none, or if its record is gone: the whole is done again then, alike."""
+    path, record = folder / CHECKPOINT, folder / FILE
     if not path.is_file():
-        return 0
-    state = torch.load(path, map_location=context.run.device, weights_only=True)
+        return None
+    state: dict[str, Any] = torch.load(path, map_location=run.device, weights_only=True)
+    return state if record.is_file() and record.stat().st_size >= state["record"] else None
+
+
+def _restore(state: dict[str, Any], method: Method, context: Context) -> int:
+    """Put everything back as it was, in every process; returns the step to go on with."""
     for name, module in method.modules.items():
         module.load_state_dict(state["modules"][name])
     for name, optimizer in method.optimizers.items():
@@ -223,9 +232,6 @@ def _resume(path: Path, method: Method, context: Context, record: Record | None)
         stream.position = state["streams"][name]
     context.counts.update(state["counts"])
     method.load_state(state["method"])
-    if record:
-        record.cut(state["record"])
-        log.info("going on at step %d", state["step"])
     step: int = state["step"]
     return step
 

@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MEAN, STD = (0.2, 0.5, 0.7), (0.3, 0.1, 0.4)
 
 
+SMALL = {"name": "resnet", "widths": [4, 6], "blocks": 1, "embedding": None}
+
+
 def description(channels: int, classes: int, **network: Any) -> dict[str, Any]:
     interface = {
         "classes": [f"class {index}" for index in range(classes)],
@@ -34,7 +37,7 @@ def description(channels: int, classes: int, **network: Any) -> dict[str, Any]:
 def resnet(channels: int = 3, classes: int = 4, seed: int = 0, **network: Any) -> ResNet:
     """With BatchNorm statistics that are not those of a fresh network, in eval mode."""
     torch.manual_seed(seed)
-    built = build(description(channels, classes, **{"name": "resnet", "widths": [4, 6], "blocks": 1, **network}))
+    built = build(description(channels, classes, **(SMALL | network)))
     assert isinstance(built, ResNet)
     stir(built)
     return built.eval()
@@ -86,7 +89,8 @@ def by_hand(state: dict[str, Tensor], x: Tensor, widths: list[int], blocks: int)
             shape
         )
 
-    x = (x - torch.tensor(MEAN, dtype=x.dtype).view(1, 3, 1, 1)) / torch.tensor(STD, dtype=x.dtype).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(numbers).to(x.dtype).view(1, 3, 1, 1) for numbers in (MEAN, STD))
+    x = (x - mean) / std
     x = normed(F.conv2d(x, state["stem.0.weight"], padding=1), "stem.1").relu()
     for index in range(len(widths) * blocks):
         name, stride = f"stages.{index}", 2 if index % blocks == 0 and index > 0 else 1
@@ -115,7 +119,7 @@ def test_it_computes_what_its_weights_say(widths: list[int], blocks: int, embedd
 
 def test_mean_and_spread_are_applied_and_are_no_weights() -> None:
     network = resnet(1)
-    assert not [name for name in network.state_dict() if "normalise" in name or "mean" == name.split(".")[-1]]
+    assert not [name for name in network.state_dict() if "normalise" in name or name.split(".")[-1] in ("mean", "std")]
     x = images(3, 1, 8, 8)
     plain = ResNet(Normalise([0.0], [1.0]), 1, 4, [4, 6], 1, None).eval()
     plain.load_state_dict(network.state_dict(), strict=True)

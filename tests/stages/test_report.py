@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = Path("reports/index.html")
 NASTY = "<script>alert(\"1\")</script> & 'co'"
 CREDIT = 'see <a href="https://example.org/credit">here</a>'
-CLASSES = ["nan", NASTY]
-TEST, SIDE = 40, 4
+CLASSES = ["NA", NASTY]
+VALIDATION, TEST, SIDE = 10, 40, 4
 NAMES = ("teacher", "assistant", "horkd", "kd", "alone")
 # How many of the first test samples each model gets wrong.
 WRONG = {"teacher": 0, "assistant": 2, "horkd": 4, "kd": 6, "alone": 16}
@@ -56,7 +56,7 @@ def parameters(redistributable: bool = True) -> dict[str, Any]:
     teacher = {"task": "recognition", "dataset": "tiny", "network": {"name": "resnet", "widths": [8]}}
     return {
         "sources": {"tiny": {"kind": "folder", "path": "unused", "tree_digest": "0" * 64, **rights}},
-        "datasets": {"tiny": {**data, "classes": CLASSES, "split": {"validation": TEST, "test": TEST}}},
+        "datasets": {"tiny": {**data, "classes": CLASSES, "split": {"validation": VALIDATION, "test": TEST}}},
         "teachers": {"recognition-teacher": teacher},
         "students": {
             "recognition-assistant": student("horkd", "recognition-teacher", 4),
@@ -75,7 +75,7 @@ def samples(wrong: int) -> pd.DataFrame:
     table = pd.DataFrame({"id": [f"row-{row}" for row in rows], "label": label, "confidence": 0.75})
     table["correct"] = (rows >= wrong).astype(int)
     table["prediction"] = np.where(table["correct"], label, 1 - label)
-    return pd.concat([table.assign(split=split) for split in ("validation", "test")])
+    return pd.concat([table[-VALIDATION:].assign(split="validation"), table.assign(split="test")])
 
 
 def write_model(name: str, wrong: int) -> None:
@@ -251,12 +251,11 @@ def test_conclusions_follow_from_the_figures() -> None:
         "5.00 points above recognition-kd (paired s.e. 3.45), within 2 standard errors, which is noise; one seed."
     )
     write_model("alone", 3)
-    write_model("teacher", 3)
+    write_model("teacher", 30)
     write_model("kd", 2)
     teacher, horkd = comparison.conclusions(group(), recognition)
-    assert teacher.startswith(
-        "recognition-teacher (teacher) is level with recognition-alone (paired s.e. 0.00): no lead"
-    )
+    assert "is 67.50 points below recognition-alone" in teacher
+    assert teacher.endswith(": no lead of more than 3 standard errors, so there is little to distil.")
     assert "is 2.50 points below recognition-alone" in horkd
     assert "and 5.00 points below recognition-kd (paired s.e. 3.45): both within 2 standard errors" in horkd
 
@@ -283,6 +282,21 @@ def test_without_alone_there_is_no_difference() -> None:
     assert "vs alone" not in text
     assert "Not evaluated yet: recognition-alone" in text
     assert "dvc repro evaluate@recognition" in text
+
+
+def test_the_reference_has_the_same_network_and_input_if_any_has() -> None:
+    plain = parameters()
+    students = {"recognition-large": student("alone", "none", 4), **plain["students"]}
+    write("params.yaml", dump({**plain, "students": students}))
+    write_model("large", 9)
+    write(
+        "models/trained/recognition/recognition-large/model.json",
+        Path("models/trained/recognition/recognition-assistant/model.json").read_text(encoding="utf-8"),
+    )
+    found = group()
+    references = {model.name: found.reference(model, "alone") for model in found.models}
+    assert references["recognition-horkd"].name == "recognition-alone"
+    assert references["recognition-assistant"].name == "recognition-large"
 
 
 def test_page_loads_nothing_and_is_well_formed() -> None:
@@ -312,6 +326,7 @@ def test_text_from_data_is_escaped() -> None:
     seen = Reader(text).text
     for wanted in (NASTY, CREDIT, "a <processor>", "loss/<b>", f"label must not be {NASTY}"):
         assert wanted in seen
+    assert '<th scope="row">NA</th>' in text
     assert page.tag("p", '"<', title='"<') == '<p title="&quot;&lt;">&quot;&lt;</p>'
 
 
@@ -331,7 +346,7 @@ def test_disagreement_is_shown_first_and_always_the_same() -> None:
     # The teacher is right everywhere, so that models disagree wherever any of them is wrong.
     mixed = {f"row-{row}" for row in range(max(WRONG.values()))}
     assert disagreed == len(mixed)
-    assert set(chosen[: recognition.DISAGREED]) <= mixed
+    assert chosen[: recognition.DISAGREED] == sorted(mixed, key=digest)[: recognition.DISAGREED]
     assert not set(chosen[recognition.DISAGREED :]) & mixed
     assert len(set(chosen)) == recognition.DISAGREED + recognition.OTHERS
 

@@ -1,0 +1,447 @@
+"""Mistakes in params.yaml: each is found, named by its full path, and answered with what would be right."""
+
+import copy
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import UserError, suggest
+from stages.parameters import SECTIONS, Parameters, load, select
+from stages.parameters.recognition import HORKD, KD, Alone, TorchvisionNetwork
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGEST = "0123456789abcdef" * 4
+
+# Every kind of entry, and every key that there is.
+FULL = f"""
+sources:
+  wheel: {{kind: wheel, package: some-data==1.0, files: [a/b.csv], sha256: {DIGEST},
+           licence: none, credit: nobody, redistributable: true}}
+  file: {{kind: url, url: "https://example.org/a.zip", sha256: {DIGEST},
+          licence: none, credit: nobody, redistributable: false}}
+  tree: {{kind: folder, path: $DATA/images, tree_digest: {DIGEST},
+          licence: none, credit: nobody, redistributable: false}}
+datasets:
+  digits:
+    {{task: recognition, source: wheel, format: csv, file: b.csv, size: 28, channels: 1, classes: ["0", "1"],
+      split: {{validation: 10, test: 10, seed: 1}},
+      expect: {{samples: 100, smallest_class: 0.4, largest_class: 0.6}}}}
+  photos:
+    {{task: recognition, source: tree, format: folder, size: 64, channels: 3,
+      split: {{validation: 5, test: 5}}}}
+teachers:
+  large:
+    task: recognition
+    dataset: digits
+    network: {{name: resnet, widths: [16, 32], blocks: 2, embedding: 8}}
+    training: {{epochs: 2, batch: 8, learning_rate: 0.1, momentum: 0.5, weight_decay: 0.0, warmup: 0.2, clip: 1.0,
+                seed: 1, threads: 1, accelerator: cpu, devices: 1, precision: 64-true,
+                augment: {{shift: 1, flip: true}}}}
+  taken:
+    task: recognition
+    dataset: photos
+    from: {{file: model.pth, sha256: {DIGEST}, network: {{name: torchvision, model: resnet18}},
+            mean: [0.4, 0.4, 0.4], std: [0.2, 0.2, 0.2]}}
+students:
+  assistant:
+    {{task: recognition, dataset: digits, method: horkd, teacher: large, resolution: 28,
+      network: {{name: resnet, widths: [8]}}, tap: pooled, point_penalty: huber,
+      weights: {{task: 1, points: 2, pairs: 3, triplets: 4}}}}
+  small:
+    {{task: recognition, dataset: digits, method: kd, teacher: assistant, resolution: 7,
+      network: {{name: resnet, widths: [8, 16]}}, temperature: 4.0, alpha: 0.9, training: {{epochs: 1}}}}
+  single:
+    {{task: recognition, dataset: photos, method: alone, teacher: none, resolution: 64,
+      network: {{name: torchvision, model: resnet18}}}}
+exports:
+  small: {{task: recognition, dataset: digits, tolerance: 0.001, threads: 2}}
+tasks:
+  recognition: {{batch: 128, threads: 1}}
+"""
+
+Keys = tuple[str | int, ...]
+ABSENT = object()
+
+
+def edited(*edits: tuple[str, Any], text: str = FULL) -> dict[str, Any]:
+    """The parameters with some values set (or removed) by their dotted path."""
+    raw: dict[str, Any] = copy.deepcopy(yaml.safe_load(text))
+    for path, value in edits:
+        *above, last = path.split(".")
+        place = raw
+        for key in above:
+            place = place.setdefault(key, {})
+        if value is ABSENT:
+            del place[last]
+        else:
+            place[last] = value
+    return raw
+
+
+def read(content: Any) -> Parameters:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "params.yaml"
+        text = content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+        return load(path)
+
+
+def mistakes(content: Any) -> list[str]:
+    """The lines of the message, one for each mistake."""
+    with pytest.raises(UserError) as caught:
+        read(content)
+    first, *lines = str(caught.value).splitlines()
+    assert re.search(rf"params.yaml has {len(lines)} mistake{'s' * (len(lines) > 1)}:$", first)
+    return [line.removeprefix("  ") for line in lines]
+
+
+# What is right
+
+
+def test_the_shipped_file_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parameters = load()
+    assert parameters.sources
+    assert parameters.exports.keys() <= parameters.students.keys()
+    assert {model.task for model in parameters.students.values()} == parameters.tasks.keys()
+
+
+def test_values_arrive_where_they_belong() -> None:
+    parameters = read(FULL)
+    raw = yaml.safe_load(FULL)
+    for section in SECTIONS:
+        assert getattr(parameters, section).keys() == raw[section].keys()
+    small, assistant, single = (parameters.students[name] for name in ("small", "assistant", "single"))
+    assert isinstance(small, KD)
+    assert isinstance(assistant, HORKD)
+    assert isinstance(single, Alone)
+    assert (small.temperature, small.alpha, small.training.epochs, small.training.momentum) == (4.0, 0.9, 1, 0.9)
+    assert assistant.weights.model_dump() == {"task": 1, "points": 2, "pairs": 3, "triplets": 4}
+    taken = parameters.teachers["taken"]
+    assert taken.outside is not None
+    assert taken.outside.file == "model.pth"
+    assert isinstance(single.network, TorchvisionNetwork)
+    assert list(parameters.models("recognition")) == ["large", "taken", "assistant", "small", "single"]
+    assert parameters.models("other") == {}
+    with pytest.raises(ValueError, match="frozen"):
+        small.temperature = 1.0
+
+
+def test_select_suggests_the_nearest_name() -> None:
+    parameters = read(FULL)
+    assert select(parameters.students, "small", "student") is parameters.students["small"]
+    with pytest.raises(UserError, match=r"^unknown student 'smal'; did you mean 'small'\?$"):
+        select(parameters.students, "smal", "student")
+    with pytest.raises(UserError, match=r"^unknown student 'x'; known: assistant, single, small$"):
+        select(parameters.students, "x", "student")
+    assert suggest("x", []) == "none is known"
+
+
+# What is wrong: one edit, and the one line that answers it
+
+TAKEN = {"file": "x", "sha256": DIGEST, "network": {"name": "resnet", "widths": [8]}}
+WRONG: list[tuple[str, Any, str]] = [
+    # Unknown keys, everywhere.
+    ("student", {}, "unknown section; did you mean 'students'?"),
+    ("students.small.temprature", 3, "unknown key; did you mean 'temperature'?"),
+    ("students.single.temperature", 3, "unknown key; known: dataset, method, network, "),
+    ("students.small.training.epoch", 3, "unknown key; did you mean 'epochs'?"),
+    ("students.small.training.augment.flp", 1, "unknown key; did you mean 'flip'?"),
+    ("students.small.network.width", [1], "unknown key; did you mean 'widths'?"),
+    ("students.single.network.widths", [1], "unknown key; known: model, name"),
+    ("students.assistant.weights.pair", 1, "unknown key; did you mean 'pairs'?"),
+    ("students.small.kd", 1, "unknown key; known: alpha, dataset, "),
+    ("teachers.taken.from.fil", 1, "unknown key; did you mean 'file'?"),
+    ("teachers.taken.outside", {}, "unknown key; known: dataset, from, network, "),
+    ("teachers.taken.from.network.modl", 1, "unknown key; did you mean 'model'?"),
+    ("teachers.large.network.block", 1, "unknown key; did you mean 'blocks'?"),
+    ("sources.wheel.file", "x", "unknown key; did you mean 'files'?"),
+    ("sources.tree.sha256", DIGEST, "unknown key; known: credit, kind, licence, path, "),
+    ("datasets.digits.sizes", 4, "unknown key; did you mean 'size'?"),
+    ("datasets.digits.split.sed", 4, "unknown key; did you mean 'seed'?"),
+    ("datasets.digits.expect.sample", 4, "unknown key; did you mean 'samples'?"),
+    ("exports.small.tolerence", 4, "unknown key; did you mean 'tolerance'?"),
+    ("tasks.recognition.thread", 4, "unknown key; did you mean 'threads'?"),
+    # Missing keys.
+    ("students.small.network", ABSENT, "is missing"),
+    ("students.small.network.widths", ABSENT, "is missing"),
+    ("students.small.network.name", ABSENT, "is missing"),
+    ("students.small.method", ABSENT, "is missing"),
+    ("students.small.task", ABSENT, "is missing; known: "),
+    ("exports.small.task", ABSENT, "is missing; known: "),
+    ("teachers.taken.from.sha256", ABSENT, "is missing"),
+    ("sources.wheel.kind", ABSENT, "is missing"),
+    ("sources.wheel.licence", ABSENT, "is missing"),
+    ("datasets.digits.split.test", ABSENT, "is missing"),
+    # Values outside their bounds.
+    ("students.small.temperature", -1, "must be > 0, got -1"),
+    ("students.small.temperature", 0, "must be > 0, got 0"),
+    ("students.small.alpha", 2, "must be <= 1, got 2"),
+    ("students.small.alpha", -0.1, "must be >= 0, got -0.1"),
+    ("students.small.resolution", 1, "must be >= 2, got 1"),
+    ("students.small.training.epochs", 0, "must be > 0, got 0"),
+    ("students.small.training.momentum", 1, "must be < 1, got 1"),
+    ("students.small.training.learning_rate", 0, "must be > 0, got 0"),
+    ("students.small.network.widths", [8, 0, 4], "[1]: must be > 0, got 0"),
+    ("students.small.network.widths", [], "list should have at least 1 item"),
+    ("students.assistant.weights.pairs", -1, "must be >= 0, got -1"),
+    ("datasets.digits.size", 3, "must be >= 4, got 3"),
+    ("datasets.digits.expect.largest_class", 60, "must be <= 1, got 60"),
+    ("teachers.taken.from.std", [0.2, 0.0], "[1]: must be > 0, got 0.0"),
+    ("students.small.temperature", float("inf"), "input should be a finite number, got inf"),
+    ("students.small.alpha", float("nan"), "must be "),
+    ("teachers.taken.from.mean", [float("nan")], "[0]: input should be a finite number"),
+    # Values of another type.
+    ("students.small.temperature", "hot", "input should be a valid number"),
+    ("students.small.training.epochs", 1.5, "input should be a valid integer"),
+    ("students.small.network.widths", 8, "input should be a valid list, got 8"),
+    ("students.small.network", 8, "input should be a valid dictionary"),
+    ("students.small.training", "long", "input should be a valid dictionary"),
+    ("datasets.digits.classes", [0, 1], "[0]: input should be a valid string, got 0"),
+    ("datasets.digits.channels", 2, "input should be 1 or 3, got 2"),
+    ("datasets.digits.format", "cvs", "input should be 'csv' or 'folder', got 'cvs'"),
+    ("sources.wheel.redistributable", "perhaps", "input should be a valid boolean"),
+    ("sources.wheel.sha256", "abc", "string should match pattern"),
+    ("sources.wheel.package", "some-data", "string should match pattern"),
+    ("sources.wheel.package", "--index-url http://x==1", "string should match pattern"),
+    ("sources.file.url", "example.org/a.zip", "string should match pattern"),
+    ("students.small", 3, "must be a mapping, got 3"),
+    ("students.small", None, "must be a mapping, got None"),
+    # Names that lead nowhere.
+    ("students.small.method", "hrkd", "unknown method 'hrkd'; did you mean 'horkd'?"),
+    ("students.small.method", ["kd"], "unknown method ['kd']; known: alone, "),
+    ("students.small.network.name", "resnt", "unknown name 'resnt'; did you mean 'resnet'?"),
+    ("students.small.teacher", "larg", "unknown model 'larg' of task recognition; did you mean 'large'?"),
+    ("students.small.teacher", "small", "unknown model 'small' of task recognition; "),
+    ("students.small.dataset", "digit", "unknown data set 'digit' of task recognition; did you mean 'digits'?"),
+    ("teachers.large.dataset", "nothing", "unknown data set 'nothing' of task recognition; known: digits, photos"),
+    ("datasets.digits.source", "whel", "unknown source 'whel'; did you mean 'wheel'?"),
+    ("sources.wheel.kind", "weel", "unknown kind 'weel'; did you mean 'wheel'?"),
+    ("students.small.task", "recognitoin", "unknown task 'recognitoin'; did you mean 'recognition'?"),
+    ("students.small.task", ["a"], "unknown task ['a']; known: "),
+    ("tasks.recogniton", {}, "unknown task 'recogniton'; did you mean 'recognition'?"),
+    ("exports.smal", {"task": "recognition", "dataset": "digits"}, "unknown student; did you mean 'small'?"),
+    ("exports.large", {"task": "recognition", "dataset": "digits"}, "unknown student; "),
+    # Values that contradict each other; ELSEWHERE has those that are answered for the whole entry.
+    ("students.small.resolution", 29, "must be at most the size of its images, datasets.digits.size = 28, got 29"),
+    ("students.small.teacher", "none", "method 'kd' needs a teacher"),
+    ("students.single.teacher", "small", "input should be 'none', got 'small'"),
+    ("exports.small.dataset", "photos", "must be the student's own, 'digits', got 'photos'"),
+    # Names that cannot be names.
+    ("students.a/b", {}, "a name consists of letters, digits, '-' and '_', and is not 'none'"),
+    ("students.none", {}, "a name consists of letters, digits, '-' and '_', and is not 'none'"),
+    ("students.-x", {}, "a name consists of letters"),
+    ("students.a b", {}, "a name consists of letters"),
+    # Sections that are no sections.
+    ("exports", [], "must be a mapping of names, got []"),
+    ("exports", False, "must be a mapping of names, got False"),
+]  # fmt: skip
+
+
+ELSEWHERE: list[tuple[str, Any, str]] = [
+    ("teachers.large.from", TAKEN, "teachers.large: needs either 'network' (it is trained here) or 'from' "),
+    ("teachers.large.network", ABSENT, "teachers.large: needs either 'network' (it is trained here) or 'from' "),
+    ("datasets.digits.classes", ["a", "b", "a"], "datasets.digits: 'classes' names a class twice"),
+    ("datasets.digits.classes", ABSENT, "datasets.digits: format 'csv' needs 'file' and 'classes'"),
+    ("datasets.photos.file", "x.csv", "datasets.photos: format 'folder' takes no 'file'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"), WRONG, ids=[f"{path}={str(value)[:12]}" for path, value, _ in WRONG]
+)
+def test_one_mistake_is_answered_in_one_line(path: str, value: Any, message: str) -> None:
+    (line,) = mistakes(edited((path, value)))
+    assert line.startswith(path + message if message.startswith("[") else f"{path}: {message}")
+
+
+@pytest.mark.parametrize(("path", "value", "message"), ELSEWHERE)
+def test_keys_that_do_not_go_together_are_answered_for_the_whole_entry(path: str, value: Any, message: str) -> None:
+    (line,) = mistakes(edited((path, value)))
+    assert line.startswith(message)
+
+
+def test_the_base_of_these_edits_is_right() -> None:
+    read(edited())
+
+
+def test_a_student_that_is_named_like_a_teacher() -> None:
+    raw = edited()
+    raw["students"]["large"] = raw["students"]["small"]
+    assert "students.large: a teacher has this name too" in mistakes(raw)
+
+
+def test_teachers_in_a_circle_are_named() -> None:
+    found = mistakes(edited(("students.assistant.teacher", "small")))
+    assert sorted(found) == [
+        "students.assistant.teacher: goes round in a circle: assistant <- small <- assistant",
+        "students.small.teacher: goes round in a circle: small <- assistant <- small",
+    ]
+
+
+def test_a_model_of_a_task_that_is_not_there() -> None:
+    found = mistakes(edited(("tasks", None)))
+    assert "tasks.recognition: is missing, and students.small belongs to this task" in found
+    assert len(found) == 5
+
+
+def test_all_of_several_mistakes_are_told() -> None:
+    chosen = {path: (value, message) for path, value, message in WRONG if path.count(".") == 2 and "did you" in message}
+    assert len(chosen) > 8
+    assert len({path.split(".")[1] for path in chosen}) > 3
+    found = mistakes(edited(*((path, value) for path, (value, _) in chosen.items())))
+    entries = {".".join(path.split(".")[:2]) for path in chosen}
+    # An entry of which the very kind is unclear is not read any further.
+    unread = {entry for entry in entries if any(f"{entry}.{key}" in chosen for key in ("task", "kind", "method"))}
+    told = {path: message for path, (_, message) in chosen.items() if ".".join(path.split(".")[:2]) not in unread}
+    assert len(told) > 8
+    for path, message in told.items():
+        assert sum(line.startswith(f"{path}: {message}") for line in found) == 1, path
+
+
+def test_two_mistakes_in_one_entry_and_one_elsewhere() -> None:
+    found = mistakes(edited(("students.small.temperature", -1), ("students.small.network.widths", []), ("exprts", {})))
+    assert [line.split(":")[0] for line in found] == [
+        "exprts",
+        "students.small.network.widths",
+        "students.small.temperature",
+    ]
+
+
+@pytest.mark.parametrize("key", [1, True, 2.5])
+def test_keys_that_are_no_text(key: Any) -> None:
+    def with_key(place: Callable[[dict[str, Any]], Any]) -> list[str]:
+        raw = edited()
+        place(raw)[key] = {}
+        return mistakes(raw)
+
+    assert with_key(lambda raw: raw) == [f"{key}: unknown section; known: {', '.join(sorted(SECTIONS))}"]
+    assert with_key(lambda raw: raw["students"])[0].startswith(f"students.{key}: a name consists of letters")
+    (line,) = with_key(lambda raw: raw["students"]["small"])
+    assert line.startswith("students.small")
+    assert "keys should be strings" in line
+
+
+@pytest.mark.parametrize("text", ["", "# a comment\n", "- a\n- b\n", "just text\n", "3\n"])
+def test_a_file_without_sections(text: str) -> None:
+    with pytest.raises(UserError, match=r"params.yaml must be a mapping of sources, datasets, teachers, students, "):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["students: {a: 1\n", "a:\n\t- b\n", "a: [1, 2\nb: 3\n", "a: !!python/object:os.x {}\n"]
+)
+def test_a_file_that_is_no_yaml(text: str) -> None:
+    with pytest.raises(UserError, match=r"params.yaml is not YAML: "):
+        read(text)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(b"credit: M\xfcller\n")
+    with pytest.raises(UserError, match=r"params.yaml is not YAML: "):
+        load(tmp_path / "params.yaml")
+
+
+def test_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^params.yaml is missing · run commands from the root of the project$"):
+        load()
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    def check() -> subprocess.CompletedProcess[str]:
+        call = [sys.executable, "-m", "stages.parameters"]
+        environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+        return subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    (tmp_path / "params.yaml").write_text(FULL)
+    done = check()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    (tmp_path / "params.yaml").write_text(FULL.replace("temperature: 4.0", "temprature: 4.0"))
+    done = check()
+    assert done.returncode == 1
+    assert "students.small.temprature: unknown key; did you mean 'temperature'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# Any known key, with any one letter too many or too few
+
+
+def known_keys(raw: dict[str, Any]) -> list[Keys]:
+    """Paths of all keys that the schema knows: the names of entries are the user's own."""
+    found: list[Keys] = [(section,) for section in raw]
+
+    def walk(value: Any, path: Keys) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                found.append((*path, key))
+                walk(inner, (*path, key))
+
+    for section, entries in raw.items():
+        for name, entry in entries.items():
+            walk(entry, (section, name))
+    return found
+
+
+SHIPPED = (ROOT / "params.yaml").read_text(encoding="utf-8")
+PLACES = [(text, path) for text in (FULL, SHIPPED) for path in known_keys(yaml.safe_load(text))]
+LETTERS = "abcdefghijklmnopqrstuvwxyz_"
+
+
+@st.composite
+def misspellings(draw: st.DrawFn) -> tuple[str, Keys, str]:
+    """A file, a place in it, and what is written there instead of the right key."""
+    text, path = draw(st.sampled_from(PLACES))
+    right = str(path[-1])
+    position = draw(st.integers(0, len(right) - 1))
+    inserted = right[:position] + draw(st.sampled_from(LETTERS)) + right[position:]
+    wrong = draw(st.sampled_from([right[:position] + right[position + 1 :], inserted]))
+    return text, path, wrong
+
+
+@settings(deadline=None, max_examples=250)
+@given(misspellings())
+def test_a_misspelt_key_is_answered_with_the_right_one(case: tuple[str, Keys, str]) -> None:
+    text, path, wrong = case
+    raw = yaml.safe_load(text)
+    place = raw
+    for key in path[:-1]:
+        place = place[key]
+    right = str(path[-1])
+    if wrong in place:
+        return
+    place[wrong] = place.pop(right)
+    found = mistakes(raw)
+    above = "".join(f"{step}." for step in path[:-1])
+    if len(path) == 1:
+        assert f"{wrong}: unknown section; did you mean '{right}'?" in found
+    elif right in ("task", "kind", "method") or path[-2:] == ("network", "name"):
+        # Without these nobody can say which keys are known.
+        assert any(line.startswith(f"{above}{right}: is missing") for line in found), found
+    else:
+        assert f"{above}{wrong}: unknown key; did you mean '{right}'?" in found
+
+
+def test_every_key_of_the_schema_is_misspelt_somewhere() -> None:
+    """FULL names every field, so that the test above leaves none out."""
+    from stages.parameters import _models, schema, shared
+
+    module = schema("recognition")
+    kinds = [shared.AnySource, module.Dataset, module.Teacher, module.Student, module.Export, module.Task]
+    models, fields = [model for kind in kinds for model in _models(kind)], set()
+    while models:
+        model = models.pop()
+        for name, field in model.model_fields.items():
+            fields.add(field.alias or name)
+            models += _models(field.annotation)
+    named = {path[-1] for path in known_keys(yaml.safe_load(FULL)) if len(path) > 2}
+    assert fields == named, "a new field has to stand in FULL"
