@@ -29,7 +29,7 @@ demo: setup  ## The pipeline of one task, then its table and report: make demo T
 	python -m stages.report $(TASK)
 
 test: lint types  ## Lint, types and the default tests
-	python -m pytest
+	python -m pytest -n logical
 
 slow: setup  ## Whole pipelines through the real command line
 	python -m pytest -m slow

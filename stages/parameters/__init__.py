@@ -20,6 +20,7 @@ from stages.parameters.shared import AnySource, Dataset, Export, Source, Student
 
 TASKS = ("recognition",)
 SECTIONS = ("sources", "datasets", "teachers", "students", "exports", "tasks")
+DISCRIMINATORS = ("method", "name", "kind")  # the fields that tell the members of a union apart
 Entry = TypeVar("Entry")
 
 
@@ -129,13 +130,16 @@ def _sentence(kind: Any, entry: dict[str, Any], path: str, detail: Any) -> str:
     """One line for one pydantic error. Tags of unions are no part of the path that a user wrote."""
     steps: list[str | int] = []
     value: Any = entry
+    tagged: Any = None
     for index, step in enumerate(detail["loc"]):
         last = index == len(detail["loc"]) - 1
-        if (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and isinstance(step, int)):
+        if value is not tagged and isinstance(value, Mapping) and step in map(value.get, DISCRIMINATORS):
+            tagged = value  # the tag may also be the name of a key, as in `kind: url`
+        elif (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and isinstance(step, int)):
             value = value[step]
-        elif not (last and detail["type"] == "missing"):
-            continue
-        steps.append(step)
+            steps.append(step)
+        elif last and detail["type"] == "missing":
+            steps.append(step)
     where = path + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
     got = detail["input"]
     match detail["type"]:
@@ -187,7 +191,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 def _tags(model: type[BaseModel]) -> list[str]:
     """The values of the fields that tell the members of a union apart."""
-    fields = [model.model_fields[name] for name in ("method", "name", "kind") if name in model.model_fields]
+    fields = [model.model_fields[name] for name in DISCRIMINATORS if name in model.model_fields]
     return [tag for field in fields for tag in get_args(field.annotation)]
 
 

@@ -60,7 +60,7 @@ def numbers(output: Output) -> list[np.ndarray]:
     return [tensor.detach().numpy() for tensor in output]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(2, 33), st.integers(2, 33), st.sampled_from([1, 3]), st.integers(2, 5),
     st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 2), st.none() | st.integers(1, 7),
