@@ -38,7 +38,10 @@ def imports(name: str) -> tuple[frozenset[str], frozenset[str]]:
             found.add(node.module or "")
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
-            patterns.add(pattern(node.args[0]))
+            if isinstance(node.args[0], ast.Constant):
+                found.add(str(node.args[0].value))
+            else:
+                patterns.add(pattern(node.args[0]))
     known = {name for name in found if name.split(".")[0] in PACKAGES and module_file(name)}
     return frozenset(known), frozenset(patterns)
 

@@ -335,7 +335,7 @@ def test_a_file_without_sections(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["students: {a: 1\n", "a:\n\t- b\n", "a: [1, 2\nb: 3\n", "a: !!python/object:os.x {}\n"]
+    "text", ["students: {a: 1\n", "a:\n\t- b\n", "a: [1, 2\nb: 3\n", "a: !!python/object/apply:os.getcwd []\n"]
 )
 def test_a_file_that_is_no_yaml(text: str) -> None:
     with pytest.raises(UserError, match=r"params.yaml is not YAML: "):
