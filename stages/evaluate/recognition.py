@@ -62,10 +62,11 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
     ).reset_index()
     classes.insert(1, "class", [names[label] for label in classes["label"]])
     comparable = rank[rank > 0]
+    recall_at = RECALL_AT if len(comparable) else ()  # nobody can be found where every class has one sample
     metrics = {
         "top_1": correct.double().mean().item(),
         "worst_class": float(classes["accuracy"].min()),
-        **{f"recall_at_{k}": (comparable <= k).double().mean().item() for k in RECALL_AT},
+        **{f"recall_at_{k}": (comparable <= k).double().mean().item() for k in recall_at},
         "calibration_error": expected_calibration_error(confidence, correct),
     }
     return Result({name: round(value, 6) for name, value in metrics.items()}, samples, classes)

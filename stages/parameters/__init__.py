@@ -24,6 +24,21 @@ DISCRIMINATORS = ("method", "name", "kind")  # the fields that tell the members 
 Entry = TypeVar("Entry")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML, and no key twice: the later of two students of one name would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value!r} stands here twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 @dataclass(frozen=True)
 class Parameters:
     """All of params.yaml: one typed mapping per section, by name."""
@@ -57,7 +72,7 @@ def load(path: Path = Path("params.yaml")) -> Parameters:
     except FileNotFoundError:
         raise UserError(f"{path} is missing · run commands from the root of the project") from None
     try:
-        raw = yaml.safe_load(content.decode("utf-8"))
+        raw = yaml.load(content.decode("utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(raw, dict):

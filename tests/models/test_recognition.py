@@ -250,10 +250,10 @@ library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 print("declared by torchvision", end=" ")
 """
-# Where the extension did not load, torchvision goes on to describe operators that nobody declared.
+# Where the extension did not load, torchvision goes on to describe operators that nobody declared. The second import
+# has to start afresh: submodules left by the first one are no attributes of a new package.
 NOT_MATCHING = """
 import torch
-from . import extension
 import torchvision.extension
 for name in ("nms", "qnms"):
     @torch.library.register_fake(f"torchvision::{name}")

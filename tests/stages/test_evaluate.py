@@ -302,3 +302,16 @@ def test_a_class_with_one_sample_does_not_count_in_recall(case: dict[str, Any]) 
     ranks = np.array(rank_by_hand(case["embeddings"][SPLIT == "test"], labels[SPLIT == "test"]))[1:]
     assert result.metrics["recall_at_1"] == pytest.approx((ranks == 1).mean(), abs=1e-6)
     assert result.metrics["recall_at_2"] == 1
+
+
+def test_recall_is_left_out_where_nobody_can_be_found(case: dict[str, Any]) -> None:
+    rows = np.flatnonzero(SPLIT == "test")
+    three = np.where(np.isin(np.arange(60), rows[:3]), "test", "train")
+    pd.DataFrame({"id": [str(row) for row in range(60)], "split": three}).to_csv(
+        case["prepared"] / "manifest.csv", index=False
+    )
+    labels = np.zeros(60, np.int64)
+    labels[rows[:3]] = [0, 1, 2]
+    np.save(case["prepared"] / "labels.npy", labels)
+    result, _ = run(case, "test", 256)
+    assert set(result.metrics) == {"top_1", "worst_class", "calibration_error"}

@@ -342,6 +342,13 @@ def test_a_file_that_is_no_yaml(text: str) -> None:
         read(text)
 
 
+@pytest.mark.parametrize("text", ["students: {a: 1, b: 2, a: 3}\n", "tasks: {}\nstudents: {}\ntasks: {}\n"])
+def test_a_key_that_stands_there_twice(text: str) -> None:
+    """YAML readers take the later one without a word, and the earlier student would be gone."""
+    with pytest.raises(UserError, match=r"'(a|tasks)' stands here twice"):
+        read(text)
+
+
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes(b"credit: M\xfcller\n")
     with pytest.raises(UserError, match=r"params.yaml is not YAML: "):
