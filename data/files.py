@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,23 @@ def tree_digest(folder: Path) -> str:
 def digest(value: Any) -> str:
     """Hex digest of plain data, independent of the order of mappings."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def expand_path(text: str, where: str) -> Path:
+    """A path in which environment variables and `~` stand for what they mean on this machine.
+
+    Args:
+        where: the parameter it comes from.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    if unset := [name for name in re.findall(r"\$\{?(\w+)", text) if not os.environ.get(name)]:
+        raise UserError(
+            f"{where} = {text!r} names the environment variable {unset[0]}, which is not set · "
+            f"export {unset[0]}=/the/folder"
+        )
+    return Path(os.path.expandvars(text)).expanduser()
 
 
 def _partial(path: Path) -> Path:

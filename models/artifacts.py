@@ -54,7 +54,7 @@ class Description:
 
 def save_model(folder: Path, network: nn.Module, description: Description) -> Description:
     """Write weights and description into an existing folder; returns the description with its digest."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    state = {name: _plain(tensor) for name, tensor in network.state_dict().items()}
     write_file(folder / WEIGHTS, lambda file: file.write(save(state)))
     description = dataclasses.replace(
         description,
@@ -63,6 +63,12 @@ def save_model(folder: Path, network: nn.Module, description: Description) -> De
     )
     write_json(folder / DESCRIPTION, dataclasses.asdict(description))
     return description
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Networks are built, evaluated and exported in float32; float64 is for training alone."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def read_description(folder: Path) -> Description:

@@ -105,10 +105,10 @@ class TorchvisionNetwork(nn.Module):
 
     def __init__(self, normalise: Normalise, channels: int, classes: int, model: str) -> None:
         super().__init__()
-        if channels != 3:
-            raise UserError(f"network {model!r} of torchvision takes 3 channels, the images have {channels}")
         self.normalise = normalise
         self.backbone = _torchvision_model(model)
+        if channels != 3:
+            raise UserError(f"network {model!r} of torchvision takes 3 channels, the images have {channels}")
         self.features = dict.fromkeys(("pooled", "embedding"), self.backbone.fc.in_features)
         self.classifier = nn.Linear(self.backbone.fc.in_features, classes)
         self.backbone.fc = nn.Identity()

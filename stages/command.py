@@ -53,9 +53,13 @@ def run(
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            reason = "the disk is full · free some space and run it again"
+        elif isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError):
+            reason = f"{error.filename}: {error.strerror} · mend it, and run it again"
+        else:
             raise
-        print(f"error in {stage} {name}: the disk is full · free some space and run it again", file=sys.stderr)
+        print(f"error in {stage} {name}: {reason}", file=sys.stderr)
         sys.exit(1)
 
 

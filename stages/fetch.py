@@ -2,7 +2,6 @@
 
 import http.client
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 from data.errors import UserError
-from data.files import new_directory, sha256, tree_digest
+from data.files import expand_path, new_directory, sha256, tree_digest
 from stages import command, paths
 from stages.parameters import load, select
 from stages.parameters.shared import FolderSource, UrlSource, WheelSource
@@ -84,12 +83,7 @@ def _url(key: str, source: UrlSource, output: Path) -> None:
 
 def _folder(key: str, source: FolderSource, output: Path) -> None:
     """Copy a tree that is already on this machine. Links are followed: what they point to is what is pinned."""
-    if unset := [name for name in re.findall(r"\$\{?(\w+)", source.path) if not os.environ.get(name)]:
-        raise UserError(
-            f"sources.{key}.path = {source.path!r} names the environment variable {unset[0]}, which is not set · "
-            f"export {unset[0]}=/the/folder"
-        )
-    folder = Path(os.path.expandvars(source.path)).expanduser()
+    folder = expand_path(source.path, f"sources.{key}.path")
     if not folder.is_dir():
         raise UserError(f"the folder {folder} of source {key!r} does not exist · correct sources.{key}.path")
     try:

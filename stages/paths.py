@@ -1,8 +1,11 @@
 """Where everything lies, relative to the root. dvc.yaml names the same paths; a test compares."""
 
+import json
+from collections.abc import Collection
 from pathlib import Path
 
 from data.errors import UserError
+from data.files import sha256
 
 
 def raw(source: str) -> Path:
@@ -26,16 +29,35 @@ def require_validated(task: str, dataset: str) -> None:
     Raises:
         UserError: there is no proof that it did.
     """
-    if not validated(task, dataset).is_file():
+    proof, manifest = validated(task, dataset), prepared(task, dataset) / "manifest.csv"
+    if not proof.is_file():
         raise UserError(
-            f"data set {dataset!r} has not passed validation ({validated(task, dataset)} is missing) · "
-            f"run `dvc repro validate@{dataset}`"
+            f"data set {dataset!r} has not passed validation ({proof} is missing) · run `dvc repro validate@{dataset}`"
+        )
+    if not manifest.is_file() or json.loads(proof.read_text(encoding="utf-8"))["manifest"] != sha256(manifest):
+        raise UserError(
+            f"data set {dataset!r} changed since it passed validation ({manifest}) · run `dvc repro validate@{dataset}`"
         )
 
 
 def trained(task: str, model: str) -> Path:
     """A teacher or student."""
     return Path("models/trained") / task / model
+
+
+def refuse_strangers(task: str, models: Collection[str]) -> None:
+    """What lies among the models of a task enters the digest of its evaluation; it has to be known.
+
+    Raises:
+        UserError: a folder that params.yaml does not name, left by a student that was renamed or removed.
+    """
+    folder = trained(task, "none").parent
+    found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if strangers := [name for name in found if name not in models and name != "none"]:
+        raise UserError(
+            f"{folder} holds models that params.yaml does not name: {', '.join(strangers)} · "
+            f"name them there, or remove them: rm -r {' '.join(str(folder / name) for name in strangers)}"
+        )
 
 
 def exported(task: str, student: str) -> Path:

@@ -2,6 +2,7 @@
 
 import importlib
 
+from data.errors import UserError
 from data.files import new_directory
 from stages import command, paths
 from stages.parameters import load, select
@@ -12,6 +13,8 @@ def main(key: str) -> None:
     parameters = load()
     dataset = select(parameters.datasets, key, "data set")
     source = parameters.sources[dataset.source]
+    if not paths.raw(dataset.source).is_dir():
+        raise UserError(f"source {dataset.source!r} is not fetched yet · run `dvc repro fetch@{dataset.source}`")
     task = importlib.import_module(f"data.{dataset.task}")
     provenance = {
         "name": dataset.source,

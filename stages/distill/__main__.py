@@ -18,8 +18,9 @@ def main(key: str) -> None:
     module = importlib.import_module(f"stages.teach.{entry.task}")
     method = importlib.import_module(f"stages.distill.{entry.method}")
     task = module.for_student(entry, paths.prepared(entry.task, entry.dataset), run, teacher)
-    description = describe(key, entry, task, teacher[1] if teacher else None)
-    fit("distill", description, task, method.Learner(task, entry, run), run, entry.training.seed)
+    source = teacher[1] if teacher else None
+    learner = method.Learner(task, entry, run)
+    fit("distill", describe(key, entry, task, source), task, learner, run, teacher=source)
 
 
 if __name__ == "__main__":

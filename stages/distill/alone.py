@@ -12,11 +12,11 @@ class Learner(Method):
     """One network, one optimiser, one loss."""
 
     def __init__(self, task: Task, parameters: Section, run: Run) -> None:
+        super().__init__()
         self._task = task
-        self.modules = {"student": task.student}
-        self.optimizers = {"student": task.optimizer(task.student.parameters())}
-        self.schedules = {"student": task.schedule(task.steps)}
+        self.modules["student"] = task.student
         self.streams = task.streams()
+        task.optimize(self, "student", task.student.parameters())
 
     def step(self, context: Context) -> Mapping[str, Tensor]:
         views = self._task.views(context)

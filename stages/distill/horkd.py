@@ -130,6 +130,7 @@ class Learner(Method):
     frozen = frozenset({"source"})
 
     def __init__(self, task: Task, parameters: HORKD, run: Run) -> None:
+        super().__init__()
         self._task, self._parameters = task, parameters
         source, student = task.taught_by(), task.student
         self.modules = {"student": student, "source": source}
@@ -139,9 +140,8 @@ class Learner(Method):
             projection = nn.Linear(ours, theirs, bias=False, device=run.device, dtype=run.dtype)
             self.modules["projection"] = projection
             trained += projection.parameters()
-        self.optimizers = {"student": task.optimizer(trained)}
-        self.schedules = {"student": task.schedule(task.steps)}
         self.streams = task.streams()
+        task.optimize(self, "student", trained)
 
     def step(self, context: Context) -> Mapping[str, Tensor]:
         weights, tap = self._parameters.weights, self._parameters.tap

@@ -47,11 +47,11 @@ class Learner(Method):
     frozen = frozenset({"teacher"})
 
     def __init__(self, task: Task, parameters: KD, run: Run) -> None:
+        super().__init__()
         self._task, self._parameters = task, parameters
         self.modules = {"student": task.student, "teacher": task.taught_by()}
-        self.optimizers = {"student": task.optimizer(task.student.parameters())}
-        self.schedules = {"student": task.schedule(task.steps)}
         self.streams = task.streams()
+        task.optimize(self, "student", task.student.parameters())
 
     def step(self, context: Context) -> Mapping[str, Tensor]:
         views = self._task.views(context)

@@ -235,7 +235,9 @@ def _contradictions(parameters: Parameters) -> list[str]:
             mistakes.extend(f"{path}.{field}: {what}" for field, what in pairs)
         if isinstance(model, Student):
             teachers = [key for key, other in everything.items() if other.task == model.task and key != name]
-            if model.teacher not in (*teachers, "none"):
+            if model.teacher == name:
+                mistakes.append(f"{path}.teacher: a student cannot teach itself")
+            elif model.teacher not in (*teachers, "none"):
                 mistakes.append(
                     f"{path}.teacher: unknown model {model.teacher!r} of task {model.task}; "
                     f"{suggest(model.teacher, teachers)}"

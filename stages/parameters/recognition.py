@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stages.parameters import shared
-from stages.parameters.shared import Count, Positive, Rate, Section, Share, Weight
+from stages.parameters.shared import Count, Positive, Rate, Real, Section, Share, Weight, Whole
 
 
 class Split(Section):
@@ -34,7 +34,7 @@ class Dataset(shared.Dataset):
     task: Literal["recognition"]
     format: Literal["csv", "folder"]
     file: str | None = None
-    size: Annotated[int, Field(ge=4)]
+    size: Annotated[Whole, Field(ge=4)]
     channels: Literal[1, 3]
     classes: list[str] | None = None
     split: Split
@@ -76,7 +76,7 @@ Network = Annotated[ResNet | TorchvisionNetwork, Field(discriminator="name")]
 class Augment(Section):
     """Shared by all models that look at the same image: a random shift in pixels, and mirroring left to right."""
 
-    shift: Count = 2
+    shift: Annotated[Whole, Field(ge=0, le=64)] = 2
     flip: bool = False
 
 
@@ -84,9 +84,9 @@ class Training(shared.Training):
     """SGD with Nesterov momentum; the rate rises over `warmup` (a share of all steps) and falls as a cosine to 0."""
 
     epochs: Positive = 12
-    batch: Positive = 64
+    batch: Annotated[Whole, Field(ge=2)] = 64  # BatchNorm has no statistics of one sample
     learning_rate: Rate = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.9
     weight_decay: Weight = 5e-4
     warmup: Share = 0.1
     clip: Rate | None = None
@@ -118,6 +118,8 @@ class Teacher(shared.Teacher):
     def _trained_or_taken(self) -> "Teacher":
         if (self.network is None) == (self.outside is None):
             raise ValueError("needs either 'network' (it is trained here) or 'from' (an existing model)")
+        if self.outside is not None and "training" in self.model_fields_set:
+            raise ValueError("takes no 'training': the model of 'from' is taken as it is")
         return self
 
 
@@ -125,7 +127,7 @@ class AnyStudent(shared.Student):
     """`resolution` is the side of the image that the student sees, in pixels."""
 
     task: Literal["recognition"]
-    resolution: Annotated[int, Field(ge=2)]
+    resolution: Annotated[Whole, Field(ge=2)]
     network: Network
     training: Training = Training()
 
@@ -153,6 +155,12 @@ class HORKD(AnyStudent):
         points: Weight = 1.0
         pairs: Weight = 25.0
         triplets: Weight = 50.0
+
+        @model_validator(mode="after")
+        def _something_to_learn(self) -> "HORKD.Weights":
+            if not (self.task or self.points or self.pairs or self.triplets):
+                raise ValueError("at least one weight must be greater than 0")
+            return self
 
     method: Literal["horkd"]
     weights: Weights = Weights()

@@ -6,13 +6,23 @@ stages), never here.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+
+def _number(value: object) -> object:
+    """`epochs: true` would otherwise be one epoch."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {str(value).lower()}")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Whole, Field(gt=0)]
+Count = Annotated[Whole, Field(ge=0)]
+Rate = Annotated[Real, Field(gt=0)]
+Weight = Annotated[Real, Field(ge=0)]
+Share = Annotated[Real, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -60,19 +70,12 @@ AnySource = Annotated[WheelSource | UrlSource | FolderSource, Field(discriminato
 
 
 class Training(Section):
-    """How long, how fast and on what a model trains.
+    """On what a model trains, and from which seed. How long and how fast is for the schema of a task to say.
 
     `threads` is part of the result: another number of threads gives other bits. `accelerator`, `devices` and
-    `precision` are Lightning Fabric's; each of several devices is one process that sees `batch` samples per step.
+    `precision` are Lightning Fabric's; each of several devices is one process with batches of its own.
     """
 
-    epochs: Positive
-    batch: Positive
-    learning_rate: Rate
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Weight
-    warmup: Share
-    clip: Rate | None
     seed: Count
     threads: Positive
     accelerator: Literal["auto", "cpu", "cuda", "mps"]

@@ -10,13 +10,11 @@ import numpy as np
 import pandas as pd
 
 from data.errors import UserError
-from data.files import digest
 from models.artifacts import WEIGHTS, Description, read_description
 from stages import paths
 from stages.export.onnx_graph import FILE as ONNX
 from stages.parameters import Parameters
 from stages.parameters.shared import Dataset, Source, Student, Teacher
-from stages.records import FILE as RECORD
 
 BASELINES = ("alone", "kd")
 SPLITS = ("validation", "test")
@@ -261,17 +259,10 @@ def _stale(task: str) -> list[str]:
     """A sentence if the models are no longer those that were evaluated."""
     names = [path.stem for path in sorted(paths.metrics(task).glob("*.json"))]
     descriptions = [_description(paths.trained(task, name)) for name in names]
-    record = paths.evaluation(task) / RECORD
-    if not record.is_file() or not all(descriptions):
+    evaluated = _json(paths.evaluation(task) / "models.json")
+    if evaluated is None or not all(descriptions):
         return []
-    with record.open(encoding="utf-8") as file:
-        header = file.readline()
-    try:
-        evaluated = json.loads(header)["digest"]
-    except (ValueError, KeyError):
-        raise UserError(f"{record} is damaged · run `dvc repro evaluate@{task}` again") from None
-    weights = {name: found.weights_sha256 for name, found in zip(names, descriptions, strict=True) if found}
-    if digest(weights) == evaluated:
+    if evaluated == {name: found.weights_sha256 for name, found in zip(names, descriptions, strict=True) if found}:
         return []
     return [f"Models changed since they were evaluated · run `dvc repro evaluate@{task}`"]
 

@@ -5,10 +5,8 @@ import importlib
 from stages import command, paths
 from stages.distill.alone import Learner
 from stages.parameters import load, select
-from stages.records import FILE, Record
-from stages.training import Run, evaluating
-from stages.training.fit import describe, fit, write
-from stages.training.loop import finish
+from stages.training import Run
+from stages.training.fit import adopt, describe, fit
 
 
 def main(key: str) -> None:
@@ -20,15 +18,9 @@ def main(key: str) -> None:
     task = module.for_teacher(entry, paths.prepared(entry.task, entry.dataset), run)
     description = describe(key, entry, task)
     if entry.outside is None:
-        fit("teach", description, task, Learner(task, entry, run), run, entry.training.seed)
-    elif run.rank == 0:
-        record = Record(
-            paths.checkpoints("teach", key) / FILE, {"stage": "teach", "key": key, "digest": entry.outside.sha256}
-        )
-        with evaluating(task.student):
-            record.write(0, {f"validation/{name}": value for name, value in task.monitor(task.student).items()})
-        write(description, task.student, record.path)
-        finish("teach", key)
+        fit("teach", description, task, Learner(task, entry, run), run)
+    else:
+        adopt("teach", description, task)
 
 
 if __name__ == "__main__":

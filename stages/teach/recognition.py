@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from data import recognition as data
 from data.errors import UserError
+from data.files import expand_path
 from models import recognition as models
 from models.artifacts import Description, read_outside_state
 from stages.parameters.recognition import AnyStudent, Network, Outside, Teacher, Training
@@ -27,6 +28,7 @@ class Recognition(Task):
     Args:
         prepared: the prepared data set. network: of the student. resolution: side of its images, in pixels.
         teacher: a trained network and its description, or None.
+        normalise: mean and std per channel, if not the data set's own. trains: whether batches will be drawn.
 
     Raises:
         UserError: teacher and data set differ in classes or channels, or there are too few samples for a batch.
@@ -41,9 +43,15 @@ class Recognition(Task):
         run: Run,
         teacher: Taught | None = None,
         normalise: tuple[list[float], list[float]] | None = None,
+        trains: bool = True,
     ) -> None:
         description = data.describe(prepared)
         mean, std = normalise or (description["mean"], description["std"])
+        if not len(mean) == len(std) == description["channels"]:
+            raise UserError(
+                f"the images of {prepared.name!r} have {description['channels']} channels, but mean has {len(mean)} "
+                f"values and std {len(std)} · correct `from`"
+            )
         self.network = network.model_dump(mode="json")
         self.interface = {
             "classes": description["classes"],
@@ -54,6 +62,7 @@ class Recognition(Task):
             "resize": RESIZE,
         }
         self.source = description["source"]
+        self.seed, self.clip = training.seed, training.clip
         self.resolution = resolution
         self._training = training
         self._run = run
@@ -65,11 +74,13 @@ class Recognition(Task):
         if teacher is not None:
             self.teacher = self._place(teacher[0])
             self.teacher_resolution = _compatible(teacher[1], description, prepared)
-        try:
-            self.steps_per_epoch = self._stream().batches(run.world)
-        except ValueError as error:
-            raise UserError(f"{error} ({prepared}, training split) · lower training.batch") from None
-        self.steps = training.epochs * self.steps_per_epoch
+        self.steps = self.steps_per_epoch = 0
+        if trains:
+            try:
+                self.steps_per_epoch = self._stream().batches(run.world)
+            except ValueError as error:
+                raise UserError(f"{error} ({prepared}, training split) · lower training.batch") from None
+            self.steps = training.epochs * self.steps_per_epoch
 
     def _place(self, network: nn.Module) -> nn.Module:
         return network.to(self._run.device, self._run.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -84,7 +95,8 @@ class Recognition(Task):
         images, labels = context.draw("train")
         augment = self._training.augment
         full = data.augment(data.to_unit(images), augment.shift, augment.flip, context.generator("augment"))
-        return Views(self._resize(full, self.resolution), self._resize(full, self.teacher_resolution), labels)
+        theirs = None if self.teacher is None else self._resize(full, self.teacher_resolution)
+        return Views(self._resize(full, self.resolution), theirs, labels)
 
     def _resize(self, images: Tensor, resolution: int) -> Tensor:
         resized = data.downsample(images, resolution).to(self._run.dtype)
@@ -156,7 +168,7 @@ def adopt(task: Recognition, outside: Outside) -> None:
     Raises:
         UserError: no such file, another sha256, or weights that do not fit the network (both shapes are named).
     """
-    state = read_outside_state(Path(outside.file), outside.sha256)
+    state = read_outside_state(expand_path(outside.file, "from.file"), outside.sha256)
     if isinstance(task.student, models.TorchvisionNetwork):
         state = {task.student.own_key(key): value for key, value in state.items()}
     own = task.student.state_dict()
@@ -184,7 +196,9 @@ def for_teacher(entry: Teacher, prepared: Path, run: Run) -> Recognition:
     if outside is None:
         return Recognition(prepared, cast(Network, entry.network), description["size"], entry.training, run)
     normalise = (outside.mean or description["mean"], outside.std or description["std"])
-    task = Recognition(prepared, outside.network, description["size"], entry.training, run, normalise=normalise)
+    task = Recognition(
+        prepared, outside.network, description["size"], entry.training, run, normalise=normalise, trains=False
+    )
     adopt(task, outside)
     return task
 

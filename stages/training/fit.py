@@ -1,17 +1,22 @@
 """From parameters to a trained model on disk: what `teach` and `distill` share."""
 
+import contextlib
 import dataclasses
+import fcntl
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
 
-from data.files import new_directory, sha256
+from data.errors import UserError
+from data.files import digest, new_directory, sha256
 from models.artifacts import Description, save_model
 from stages import paths
+from stages.code import code_digest
 from stages.parameters.shared import Student, Teacher
-from stages.records import FILE, write_curves
-from stages.training.loop import finish, train
+from stages.records import FILE, Record, write_curves
+from stages.training.loop import train
 from stages.training.method import Method, evaluating
 from stages.training.run import Run
 from stages.training.task import Task
@@ -29,7 +34,8 @@ def describe(key: str, entry: Teacher | Student, task: Task, teacher: Descriptio
         kind="student" if isinstance(entry, Student) else "teacher",
         network=task.network,
         interface=task.interface,
-        recipe=entry.model_dump(mode="json", by_alias=True),
+        # A path belongs to one machine; what lies there is pinned by its digest.
+        recipe=entry.model_dump(mode="json", by_alias=True, exclude={"outside": {"file"}}),
         dataset={
             "name": entry.dataset,
             "digest": sha256(paths.prepared(entry.task, entry.dataset) / "manifest.csv"),
@@ -39,31 +45,68 @@ def describe(key: str, entry: Teacher | Student, task: Task, teacher: Descriptio
     )
 
 
-def fit(stage: str, description: Description, task: Task, learner: Method, run: Run, seed: int) -> None:
+def fit(
+    stage: str, description: Description, task: Task, learner: Method, run: Run, *, teacher: Description | None = None
+) -> None:
     """Train, then write model, record and curves. Only the first process writes."""
     key = description.name
+    # All of the teacher's description: other normalisation with the same weights is another teacher.
+    identity = {
+        "model": dataclasses.asdict(description),
+        "teacher": dataclasses.asdict(teacher) if teacher else None,
+        "code": code_digest(),
+    }
 
     def monitor() -> dict[str, float]:
         with evaluating(learner.student):
             return dict(task.monitor(learner.student))
 
-    record = train(
-        learner,
-        run,
-        stage=stage,
-        key=key,
-        steps=task.steps,
-        seed=seed,
-        identity=dataclasses.asdict(description),
-        monitor=monitor,
-        monitor_every=task.steps_per_epoch,
-    )
-    if run.rank == 0:
-        write(description, learner.student, record)
-        finish(stage, key)
+    with exclusive(stage, key) if run.rank == 0 else contextlib.nullcontext():
+        record = train(
+            learner,
+            run,
+            stage=stage,
+            key=key,
+            steps=task.steps,
+            seed=task.seed,
+            identity=identity,
+            monitor=monitor,
+            monitor_every=task.steps_per_epoch,
+        )
+        if run.rank == 0:
+            _write(description, learner.student, record)
+            shutil.rmtree(paths.checkpoints(stage, key))
 
 
-def write(description: Description, network: nn.Module, record: Path) -> None:
+def adopt(stage: str, description: Description, task: Task) -> None:
+    """Write an existing model as if it had been trained: its record holds what it reaches on the validation split."""
+    key = description.name
+    name = digest({"model": dataclasses.asdict(description), "code": code_digest()})
+    with exclusive(stage, key), evaluating(task.student):
+        record = Record(paths.checkpoints(stage, key) / name[:16] / FILE, {"stage": stage, "key": key, "digest": name})
+        record.write(0, {f"validation/{metric}": value for metric, value in task.monitor(task.student).items()})
+        _write(description, task.student, record.path)
+        shutil.rmtree(paths.checkpoints(stage, key))
+
+
+@contextlib.contextmanager
+def exclusive(stage: str, key: str) -> Iterator[None]:
+    """Hold the checkpoints and the output of one model; the end of the process lets go.
+
+    Raises:
+        UserError: another process holds them.
+    """
+    path = paths.checkpoints(stage, key).with_name(f"{key}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{stage} {key} is being trained by another process · wait for it, or end it") from None
+        yield
+
+
+def _write(description: Description, network: nn.Module, record: Path) -> None:
     """The model folder, complete or absent, and the curves."""
     with new_directory(paths.trained(description.task, description.name)) as output:
         save_model(output, network, description)

@@ -1,25 +1,23 @@
 """The loop: outer steps, checkpoints, records and progress."""
 
 import contextlib
-import fcntl
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import UserError
-from data.files import digest, sha256, write_file
+from data.files import digest, write_file
 from stages import paths
 from stages.records import FILE, Record
 from stages.training.method import Context, Method
@@ -27,16 +25,6 @@ from stages.training.run import Run
 
 log = logging.getLogger("distillery")
 
-# Modules whose text cannot change a result: dvc.yaml does not name them, and a checkpoint survives their change.
-# Packages hold a docstring; the others carry bytes, words and values, and make none. The schema of a task, with its
-# defaults, is a dependency; reading it (`stages.parameters`) is not.
-NO_DEPENDENCY = frozenset(
-    {
-        *("data", "models", "stages", "stages.distill", "stages.evaluate", "stages.export", "stages.teach"),
-        *("data.errors", "data.files", "stages.command", "stages.paths", "stages.records"),
-        *("stages.parameters", "stages.parameters.shared"),
-    }
-)
 CHECKPOINT = "checkpoint.pt"
 RECORD_EVERY = 10
 LOG_SECONDS = 15.0
@@ -57,31 +45,32 @@ def train(
     identity: Mapping[str, Any],
     monitor: Callable[[], Mapping[str, float]] | None = None,
     monitor_every: int = 0,
-    checkpoint_seconds: float = float(os.environ.get("DISTILLERY_CHECKPOINT_SECONDS", "20")),
+    checkpoint_seconds: float | None = None,
 ) -> Path:
     """Train for `steps` outer steps, resuming where an earlier process of the same identity stopped.
 
     Args:
         stage, key: whose training this is; names the folder of the checkpoint.
-        identity: parameters and digests of inputs. With the digest of the code, the version of torch, threads, device
-            and number of processes it decides which checkpoint may be resumed.
+        identity: parameters and digests of inputs and code. With the version of torch, threads, device and number of
+            processes it decides which checkpoint may be resumed.
         monitor: figures on held-out data, asked for every `monitor_every` steps and at the end. It must not train.
-        checkpoint_seconds: the time between two checkpoints. It decides what a crash costs, never the result.
+        checkpoint_seconds: the time between two checkpoints, DISTILLERY_CHECKPOINT_SECONDS or 20 by default. It
+            decides what a crash costs, never the result.
 
     Returns:
-        the record. `finish` removes it together with the checkpoint once it was copied.
+        the record, beside the checkpoint; both are the caller's to remove once the output is complete.
 
     Raises:
         UserError: a recorded value is not finite (step and term are named), or the disk is full.
-        Stopped: SIGTERM arrived; the state is saved, the exit status is 143.
+        Stopped: SIGTERM or SIGINT arrived; the state is saved, the exit status is 128 + the signal's number.
     """
-    everything = {**identity, "steps": steps, "seed": seed, "code": code_digest(), **run.environment}
-    name = digest(everything)
+    if checkpoint_seconds is None:
+        checkpoint_seconds = _checkpoint_seconds()
+    name = digest({**identity, "steps": steps, "seed": seed, "environment": run.environment})
     folder = paths.checkpoints(stage, key) / name[:16]
     context = Context(method, run, seed)
     _prepare(method)
     lead = run.rank == 0
-    lock = _lock(stage, key) if lead else None
     state = _load(folder, run)
     run.barrier()
     header = {"stage": stage, "key": key, "digest": name}
@@ -100,12 +89,14 @@ def train(
             norms = {f"gradient/{part}": norm for part, norm in context.norms.items()}
             pending.append((step, {part: value.detach() for part, value in {**scalars, **norms}.items()}))
             done = step + 1
+            look_after = monitor is not None and bool(monitor_every) and (done % monitor_every == 0 or done == steps)
             # A look at the values costs an accelerator its head start: there they are looked at in groups.
-            if run.device.type == "cpu" or done % RECORD_EVERY == 0 or done == steps:
-                shown = _flush(pending, run, record, stage, key, steps)
-                if progress:
-                    progress.advance(done, shown)
-            if monitor and monitor_every and (done % monitor_every == 0 or done == steps) and record:
+            if not (run.device.type == "cpu" or done % RECORD_EVERY == 0 or done == steps or look_after):
+                continue
+            shown = _flush(pending, run, record, steps)
+            if progress:
+                progress.advance(done, shown)
+            if monitor and look_after and record:
                 figures = {f"validation/{part}": value for part, value in monitor().items()}
                 record.write(step, figures)
                 if progress:
@@ -113,57 +104,16 @@ def train(
             # All processes have to agree, and their clocks do not.
             stop, due = run.any(bool(terminated), lead and time.monotonic() - saved_at > checkpoint_seconds)
             if done < steps and (stop or due):
-                _flush(pending, run, record, stage, key, steps)
                 if record:
                     _save(folder / CHECKPOINT, method, context, record, done)
                 saved_at = time.monotonic()
             if stop and done < steps:
                 if progress:
-                    progress.close()
-                log.info("%s %s: stopped after step %d of %d; the same command goes on there", stage, key, done, steps)
-                raise Stopped(143)
+                    progress.close(f"stopped after step {done} of {steps}; the same command goes on there")
+                raise Stopped(128 + (terminated[0] if terminated else signal.SIGTERM))
     if progress:
-        progress.close()
-    if lock:
-        lock.close()
+        progress.close(f"{steps - start} steps")
     return folder / FILE
-
-
-def finish(stage: str, key: str) -> None:
-    """Remove checkpoints and records of a training whose output is complete."""
-    shutil.rmtree(paths.checkpoints(stage, key), ignore_errors=True)
-
-
-def _lock(stage: str, key: str) -> IO[bytes]:
-    """Hold the checkpoints of one training; closing the file, or the end of the process, lets go.
-
-    Raises:
-        UserError: another process holds them.
-    """
-    path = paths.checkpoints(stage, key) / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{stage} {key} is being trained by another process · wait for it, or end it") from None
-    return file
-
-
-def code_digest() -> str:
-    """Digest of every project module that was imported and that can change a result."""
-    files = {}
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] not in ("data", "models", "stages") or _exempt(name):
-            continue
-        file = getattr(module, "__file__", None)
-        if file:
-            files[name] = sha256(Path(file))
-    return digest(files)
-
-
-def _exempt(name: str) -> bool:
-    return name in NO_DEPENDENCY or name.startswith("stages.parameters.")
 
 
 def _prepare(method: Method) -> None:
@@ -178,20 +128,18 @@ def _flush(
     pending: list[tuple[int, dict[str, Tensor]]],
     run: Run,
     record: Record | None,
-    stage: str,
-    key: str,
     steps: int,
 ) -> dict[str, float]:
     """Check what steps returned, write down every RECORD_EVERY-th and the last; returns the newest values."""
     values: dict[str, float] = {}
     for step, scalars in pending:
         run.mean_(list(scalars.values()))
-        stacked = torch.stack([value.double() for value in scalars.values()]).tolist()
+        stacked = torch.stack([value.to(run.device, run.dtype) for value in scalars.values()]).tolist()
         values = dict(zip(scalars, stacked, strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(
-                    f"{name} became {value} at step {step} of {steps} in {stage} {key}; nothing of it was kept · "
+                    f"{name} became {value} at step {step} of {steps}; the last checkpoint is from before · "
                     "lower the learning rate or the term's weight, or set training.clip"
                 )
         if record and ((step + 1) % RECORD_EVERY == 0 or step + 1 == steps):
@@ -218,7 +166,11 @@ def _load(folder: Path, run: Run) -> dict[str, Any] | None:
     path, record = folder / CHECKPOINT, folder / FILE
     if not path.is_file():
         return None
-    state: dict[str, Any] = torch.load(path, map_location=run.device, weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=run.device, weights_only=True)
+    except Exception as error:  # a damaged file makes torch's reader fail in every way there is
+        log.warning("%s cannot be read (%s): training starts anew", path, type(error).__name__)
+        return None
     return state if record.is_file() and record.stat().st_size >= state["record"] else None
 
 
@@ -236,19 +188,28 @@ def _restore(state: dict[str, Any], method: Method, context: Context) -> int:
     return step
 
 
+def _checkpoint_seconds() -> float:
+    text = os.environ.get("DISTILLERY_CHECKPOINT_SECONDS", "20")
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"DISTILLERY_CHECKPOINT_SECONDS must be a number of seconds, got {text!r}") from None
+
+
 @contextlib.contextmanager
 def _termination() -> Iterator[list[int]]:
-    """A list that is no longer empty once SIGTERM has arrived."""
+    """A list that is no longer empty once SIGTERM or SIGINT has arrived."""
     arrived: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         arrived.append(signum)
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield arrived
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Progress:
@@ -276,9 +237,8 @@ class _Progress:
     def note(self, figures: Mapping[str, float]) -> None:
         self._figures = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
-    def close(self) -> None:
+    def close(self, outcome: str) -> None:
         if self._bar is not None:
             self._bar.close()
-        else:
-            seconds = time.monotonic() - self._begun
-            log.info("%s: %d steps in %.0f s, %s", self._title, self._steps - self._start, seconds, self._figures)
+        seconds = f"{outcome}, {time.monotonic() - self._begun:.0f} s"
+        log.info("%s: %s", self._title, ", ".join(filter(None, (seconds, self._figures))))

@@ -30,19 +30,22 @@ class Method:
 
     Attributes:
         modules: everything with weights, saved by name.
-        frozen: names of modules that no gradient trains; they stay in eval mode. (An EMA may still be moved by hand.)
+        frozen: names of modules that no gradient trains; they stay in eval mode. (An EMA may still be moved by hand;
+            with several processes it is the step that keeps its buffers equal.)
         optimizers: together they hold every trained parameter once.
         schedules: per optimiser, the learning rate as a function of the number of its updates so far.
         streams: named data.
         clip: per optimiser, the largest norm of its gradient; none by default.
     """
 
-    modules: dict[str, nn.Module]
     frozen: frozenset[str] = frozenset()
-    optimizers: dict[str, Optimizer]
-    schedules: dict[str, Callable[[int], float]]
-    streams: dict[str, Stream]
-    clip: Mapping[str, float] = {}
+
+    def __init__(self) -> None:
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Optimizer] = {}
+        self.schedules: dict[str, Callable[[int], float]] = {}
+        self.streams: dict[str, Stream] = {}
+        self.clip: dict[str, float] = {}
 
     def step(self, context: "Context") -> Mapping[str, Tensor]:
         """One outer iteration: draws its own batches, updates, and returns named scalars, each at least finite."""

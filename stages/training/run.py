@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from data.errors import UserError
 from stages.parameters.shared import Training
 
 
@@ -34,13 +35,21 @@ class Run:
         # cuBLAS reads this when it starts; without it deterministic algorithms are refused on CUDA.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=settings.accelerator != "cpu")
-        self._fabric = Fabric(
-            accelerator=settings.accelerator,
-            devices=settings.devices,
-            strategy="ddp" if settings.devices > 1 else "auto",
-            precision=settings.precision,
-        )
+        try:
+            self._fabric = Fabric(
+                accelerator=settings.accelerator,
+                devices=settings.devices,
+                strategy="ddp" if settings.devices > 1 else "auto",
+                precision=settings.precision,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"training.accelerator = {settings.accelerator}, devices = {settings.devices}, precision = "
+                f"{settings.precision}: this machine cannot ({error})"
+            ) from None
         self._fabric.launch()
+        # Launching several processes shares out the cores; the number of threads is a parameter, not a guess.
+        torch.set_num_threads(settings.threads)
         self.device: torch.device = self._fabric.device
         self.rank: int = self._fabric.global_rank
         self.world: int = self._fabric.world_size
@@ -52,7 +61,8 @@ class Run:
         return {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "device": self.device.type,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
+            "processor": torch.backends.cpu.get_cpu_capability(),
             "world": self.world,
         }
 
@@ -92,6 +102,12 @@ class Run:
         self._fabric.barrier()
 
     def share_buffers(self, modules: Sequence[nn.Module]) -> None:
-        """Average floating-point buffers (BatchNorm's statistics), which no gradient keeps equal between processes."""
+        """Average floating-point buffers (BatchNorm's statistics), which no gradient keeps equal between processes.
+
+        Buffers that are not saved are constants, and rounding would change them.
+        """
         if self.world > 1:
-            self.mean_([buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()])
+            saved = [module.state_dict(keep_vars=True) for module in modules]
+            kept = [{id(value) for value in state.values()} for state in saved]
+            buffers = [b for module, ids in zip(modules, kept, strict=True) for b in module.buffers() if id(b) in ids]
+            self.mean_([buffer for buffer in buffers if buffer.is_floating_point()])

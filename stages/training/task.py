@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.errors import UserError
-from stages.training.method import Context
+from stages.training.method import Context, Method
 from stages.training.streams import Stream
 
 
@@ -29,6 +29,7 @@ class Task(ABC):
         network: what the student is built from, for its description.
         interface: what goes into the student and comes out, for its description.
         source: name, licence, credit and redistributable of the data.
+        seed: of everything random. clip: largest norm of a gradient, or None.
         steps: outer steps of the whole training.
         steps_per_epoch: outer steps between two looks at the validation split.
     """
@@ -38,6 +39,8 @@ class Task(ABC):
     network: dict[str, Any]
     interface: dict[str, Any]
     source: dict[str, Any]
+    seed: int
+    clip: float | None
     steps: int
     steps_per_epoch: int
 
@@ -50,6 +53,13 @@ class Task(ABC):
         if self.teacher is None:
             raise UserError("this method needs a teacher, and the student names none")
         return self.teacher
+
+    def optimize(self, method: Method, name: str, parameters: Iterable[Tensor]) -> None:
+        """Let a method train these parameters under this name: the task's optimiser, schedule and clipping."""
+        method.optimizers[name] = self.optimizer(parameters)
+        method.schedules[name] = self.schedule(self.steps)
+        if self.clip is not None:
+            method.clip[name] = self.clip
 
     @abstractmethod
     def streams(self) -> dict[str, Stream]:

@@ -224,7 +224,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.small.method", ["kd"], "unknown method ['kd']; known: alone, "),
     ("students.small.network.name", "resnt", "unknown name 'resnt'; did you mean 'resnet'?"),
     ("students.small.teacher", "larg", "unknown model 'larg' of task recognition; did you mean 'large'?"),
-    ("students.small.teacher", "small", "unknown model 'small' of task recognition; "),
+    ("students.small.teacher", "small", "a student cannot teach itself"),
     ("students.single.dataset", "photo", "unknown data set 'photo' of task recognition; did you mean 'photos'?"),
     ("teachers.large.dataset", "nothing", "unknown data set 'nothing' of task recognition; known: digits, photos"),
     ("datasets.digits.source", "whel", "unknown source 'whel'; did you mean 'wheel'?"),

@@ -133,7 +133,7 @@ def write_findings(failed: list[str]) -> None:
 
 
 def write_record(weights: dict[str, str]) -> None:
-    write("reports/evaluation/recognition/record.jsonl", json.dumps({"digest": digest(weights)}) + "\n")
+    write("reports/evaluation/recognition/models.json", json.dumps(weights))
 
 
 @pytest.fixture(autouse=True)
@@ -365,7 +365,7 @@ def test_without_figures_there_is_no_report() -> None:
         ("reports/metrics/recognition/recognition-kd.json", "{"),
         ("reports/metrics/recognition/recognition-kd.json", "{}"),
         ("reports/evaluation/recognition/recognition-kd.samples.csv", ""),
-        ("reports/evaluation/recognition/record.jsonl", ""),
+        ("reports/evaluation/recognition/models.json", ""),
     ],
 )
 def test_damaged_files_are_named(path: str, content: str) -> None:

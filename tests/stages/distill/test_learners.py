@@ -257,6 +257,21 @@ def test_a_batch_larger_than_the_data_is_refused(prepared: Path, run: Run) -> No
         for_student(entry, prepared, run, None)
 
 
+@pytest.mark.parametrize("method", ["alone", "kd", "horkd"])
+def test_clipping_bounds_the_step(method: str, prepared: Path, run: Run) -> None:
+    """Without momentum and decay, a step is the rate times the clipped gradient."""
+    moved = {}
+    for clip in (None, 1e-3):
+        settings = {**TRAINING, "momentum": 0.0, "weight_decay": 0.0, "warmup": 0.0, "learning_rate": 1.0, "clip": clip}
+        ours = learner(method, prepared, run, training=settings)
+        before = [parameter.clone() for parameter in ours.student.parameters()]
+        steps(ours, run, 1)
+        change = [a - b for a, b in zip(ours.student.parameters(), before, strict=True)]
+        moved[clip] = torch.stack([part.norm() for part in change]).norm().item()
+    assert moved[1e-3] <= 1.001e-3
+    assert moved[None] > 1e-2
+
+
 def test_the_rate_rises_then_falls_to_zero(prepared: Path, run: Run) -> None:
     entry = student("alone", training={**TRAINING, "epochs": 20, "learning_rate": 0.2, "warmup": 0.1})
     task = for_student(entry, prepared, run, None)
@@ -274,7 +289,6 @@ def outside(file: Path, digest: str, **network: Any) -> schema.Teacher:
             "task": "recognition",
             "dataset": "x",
             "from": {"file": str(file), "sha256": digest, "network": {**NETWORK, **network}},
-            "training": TRAINING,
         }
     )
 
@@ -291,5 +305,12 @@ def test_an_existing_model_is_taken_as_it_is(prepared: Path, run: Run, tmp_path:
         UserError, match=r"stages.1.conv1.weight: \(10, 6, 3, 3\) in the file, \(12, 6, 3, 3\) in the network"
     ):
         for_teacher(outside(file, sha256(file), widths=[6, 12]), prepared, run)
+    few = outside(file, sha256(file), widths=[6, 10])
+    few = few.model_copy(update={"training": few.training.model_copy(update={"batch": 1000})})
+    for_teacher(few, prepared, run)  # nothing is drawn, so nothing can be too few
+    wrong = outside(file, sha256(file), widths=[6, 10])
+    wrong = wrong.model_copy(update={"outside": wrong.outside.model_copy(update={"mean": [0.1, 0.2]})})
+    with pytest.raises(UserError, match=r"have 1 channels, but mean has 2 values and std 1"):
+        for_teacher(wrong, prepared, run)
     with pytest.raises(UserError, match="is not what is pinned"):
         for_teacher(outside(file, "0" * 64, widths=[6, 10]), prepared, run)

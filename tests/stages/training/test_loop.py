@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 from data.errors import UserError
 from stages.training import Context, Run, Stopped, Stream, derive_seed, train
-from stages.training import loop as loop_module
+from stages.training.fit import exclusive
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("toys.py")
@@ -123,7 +124,7 @@ def test_evaluation_and_foreign_random_numbers_do_not_disturb_training(run: Run)
         return {"nothing": 0.0}
 
     quiet = toys.fingerprint(trained("average", run))
-    loop_module.finish("toy", "average")
+    shutil.rmtree(".checkpoints")
     assert toys.fingerprint(trained("average", run, monitor=noisy, monitor_every=3)) == quiet
 
 
@@ -136,19 +137,38 @@ def test_a_changed_identity_starts_anew(run: Run) -> None:
     assert all(torch.load(checkpoint, weights_only=True)["step"] == 4 for checkpoint in checkpoints)
 
 
-def test_two_processes_never_train_the_same_model(run: Run) -> None:
-    toy = toys.Feature(run, 16)
-    step = toy.step
+def test_two_processes_never_train_the_same_model() -> None:
+    script = (
+        "from stages.training.fit import exclusive\n"
+        "with exclusive('distill', 'x'): print('mine', flush=True); input()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "mine\n"
+    with exclusive("distill", "y"):
+        pass
+    with pytest.raises(UserError, match="distill x is being trained by another process"), exclusive("distill", "x"):
+        raise AssertionError("both hold it")
+    other.kill()
+    other.communicate()
+    with exclusive("distill", "x"):
+        pass
 
-    def another(context: Context) -> object:
-        if context.step == 2:
-            with pytest.raises(UserError, match="toy x is being trained by another process"):
-                train(toys.Feature(run, 16), run, stage="toy", key="x", steps=5, seed=7, identity={"other": 1})
-        return step(context)
 
-    toy.step = another  # type: ignore[method-assign, assignment]
-    train(toy, run, stage="toy", key="x", steps=5, seed=7, identity={})
-    train(toys.Feature(run, 16), run, stage="toy", key="x", steps=5, seed=7, identity={})
+@pytest.mark.parametrize("damage", [b"", b"half of a checkpoint"])
+def test_a_damaged_checkpoint_is_not_used(damage: bytes, run: Run) -> None:
+    whole = toys.fingerprint(trained("feature", run, checkpoint_seconds=0))
+    (checkpoint,) = Path(".checkpoints/toy/feature").glob("*/checkpoint.pt")
+    checkpoint.write_bytes(damage)
+    assert toys.fingerprint(trained("feature", run)) == whole
+
+
+def test_the_time_between_checkpoints_must_be_a_number(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILLERY_CHECKPOINT_SECONDS", "often")
+    with pytest.raises(UserError, match="DISTILLERY_CHECKPOINT_SECONDS must be a number of seconds, got 'often'"):
+        trained("feature", run)
 
 
 def test_a_checkpoint_without_its_record_is_not_used(run: Run) -> None:
@@ -160,17 +180,22 @@ def test_a_checkpoint_without_its_record_is_not_used(run: Run) -> None:
     assert record.read_text() == lines
 
 
-def test_sigterm_saves_and_exits_with_143(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_with_its_code(
+    number: signal.Signals, code: int, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "stopped"
     folder.mkdir()
     process = subprocess.Popen(
         command("feature", folder, "--pause", "0.05"), env=environment(0), stdout=subprocess.PIPE, text=True
     )
     wait_for_steps(process, folder, 3)
-    process.terminate()
+    process.send_signal(number)
     process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert len(finished("feature", folder)) == 64
+    assert process.returncode == code
+    (checkpoint,) = folder.glob(".checkpoints/*/*/*/checkpoint.pt")
+    assert 3 <= torch.load(checkpoint, weights_only=True)["step"] < toys.STEPS
+    assert finished("feature", folder) == toys.fingerprint(trained("feature", run))
 
 
 def test_stopping_saves_the_very_step(run: Run) -> None:
@@ -202,7 +227,7 @@ def test_a_value_that_is_not_finite_stops_with_step_and_term(value: float, run: 
         return terms
 
     toy.step = poisoned  # type: ignore[method-assign, assignment]
-    with pytest.raises(UserError, match=rf"feature became {value} at step 12 of 20 in toy x"):
+    with pytest.raises(UserError, match=rf"feature became {value} at step 12 of 20;"):
         train(toy, run, stage="toy", key="x", steps=20, seed=7, identity={}, checkpoint_seconds=0)
     (checkpoint,) = Path(".checkpoints/toy/x").glob("*/checkpoint.pt")
     assert torch.load(checkpoint, weights_only=True)["step"] == 12
@@ -233,7 +258,7 @@ def test_a_failing_write_leaves_the_old_checkpoint(run: Run, monkeypatch: pytest
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == calls[-2]
     monkeypatch.setattr(torch, "save", save)
     resumed = toys.fingerprint(trained("feature", run))
-    loop_module.finish("toy", "feature")
+    shutil.rmtree(".checkpoints")
     assert resumed == toys.fingerprint(trained("feature", run))
 
 
@@ -295,7 +320,7 @@ def test_update_equals_plain_torch(run: Run) -> None:
 def test_bfloat16_resumes_exactly(run: Run) -> None:
     mixed = Run(toys.settings(precision="bf16-mixed"))
     whole = toys.fingerprint(trained("feature", mixed))
-    loop_module.finish("toy", "feature")
+    shutil.rmtree(".checkpoints")
     toy = toys.Feature(mixed, 16)
     step = toy.step
     toy.step = lambda context: (os.kill(os.getpid(), signal.SIGTERM), step(context))[1]  # type: ignore[method-assign]

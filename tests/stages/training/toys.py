@@ -45,9 +45,9 @@ class Toy(Method):
     pause = 0.0
 
     def __init__(self, run: Run, batch: int) -> None:
+        super().__init__()
         torch.manual_seed(derive_seed("toy", "weights"))
         self.run, self.batch = run, batch
-        self.modules, self.streams, self.optimizers, self.schedules = {}, {}, {}, {}
         self.build()
         for module in self.modules.values():
             module.to(run.dtype)
