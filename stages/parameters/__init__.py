@@ -16,10 +16,11 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from data.errors import UserError, suggest
-from stages.parameters.shared import AnySource, Dataset, Export, Source, Student, Task, Teacher
+from stages.parameters.shared import AnySource, Dataset, Export, Gates, Source, Student, Task, Teacher
 
 TASKS = ("recognition",)
-SECTIONS = ("sources", "datasets", "teachers", "students", "exports", "tasks")
+SECTIONS = ("sources", "datasets", "teachers", "students", "exports", "tasks", "gates")
+PER_TASK = {"tasks": "Task", "gates": "Gates"}  # sections whose entries are named after tasks
 DISCRIMINATORS = ("method", "name", "kind")  # the fields that tell the members of a union apart
 Entry = TypeVar("Entry")
 
@@ -49,6 +50,7 @@ class Parameters:
     students: dict[str, Student]
     exports: dict[str, Export]
     tasks: dict[str, Task]
+    gates: dict[str, Gates]
 
     def models(self, task: str) -> dict[str, Teacher | Student]:
         """Teachers, then students of a task."""
@@ -122,15 +124,15 @@ def _kind(section: str, name: object, entry: object, mistakes: list[str]) -> Any
         return None
     if section == "sources":
         return AnySource
-    if section != "tasks" and "task" not in entry:
+    if section not in PER_TASK and "task" not in entry:
         mistakes.append(f"{path}.task: is missing; known: {', '.join(TASKS)}")
         return None
-    task = name if section == "tasks" else entry["task"]
+    task = name if section in PER_TASK else entry["task"]
     if task not in TASKS:
-        where = path if section == "tasks" else f"{path}.task"
+        where = path if section in PER_TASK else f"{path}.task"
         mistakes.append(f"{where}: unknown task {task!r}; {suggest(str(task), TASKS)}")
         return None
-    return getattr(schema(task), {"tasks": "Task"}.get(section, section.rstrip("s").capitalize()))
+    return getattr(schema(task), PER_TASK.get(section, section.rstrip("s").capitalize()))
 
 
 def _read(kind: Any, entry: dict[str, Any], path: str, mistakes: list[str]) -> Any:
@@ -261,4 +263,12 @@ def _contradictions(parameters: Parameters) -> list[str]:
             wanted, got = getattr(parameters.students[name], field), getattr(export, field)
             if got != wanted:
                 mistakes.append(f"exports.{name}.{field}: must be the student's own, {wanted!r}, got {got!r}")
+    for task, gates in parameters.gates.items():
+        exported = [parameters.students[name] for name in parameters.exports if name in parameters.students]
+        known = sorted({student.dataset for student in exported if student.task == task})
+        if gates.dataset is not None and gates.dataset not in known:
+            mistakes.append(
+                f"gates.{task}.dataset: no exported student is of data set {gates.dataset!r}; "
+                f"{suggest(gates.dataset, known)}"
+            )
     return mistakes

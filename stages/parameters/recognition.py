@@ -184,6 +184,12 @@ class Task(shared.Task):
     threads: Positive = 1
 
 
+class Gates(shared.Gates):
+    """`metric` is what selects and what is compared: top-1, or Recall@1 where embeddings are what is deployed."""
+
+    metric: Literal["top_1", "recall_at_1"] = "top_1"
+
+
 def conflicts(student: AnyStudent, dataset: Dataset) -> list[tuple[str, str]]:
     """Contradictions between a student and its data set, as (field of the student, what is wrong)."""
     if student.resolution > dataset.size:

@@ -136,3 +136,39 @@ class Export(Section):
     dataset: str
     tolerance: Rate
     threads: Positive
+
+
+class LatencyBudget(Section):
+    """The longest that a student may take, by `python -m stages.latency TASK`."""
+
+    batch: Literal[1, 32] = 1
+    percentile: Literal["p50", "p95"] = "p95"
+    budget_ms: Rate = 10.0
+
+
+class ParityBudget(Section):
+    """How far the ONNX file may be from PyTorch: the largest difference of any output, and of the metric."""
+
+    outputs: Rate = 1e-4
+    metric: Weight = 1e-3
+
+
+class Gates(Section):
+    """What a student has to pass to become its task's champion; no stage reads it, so changing it makes none stale.
+
+    The student may be worse than the baseline (of the method `baseline`) and than the champion by no more than
+    `delta`: the lower end of a one-sided bootstrap interval at `confidence`, over paired test samples, decides. It
+    keeps at least `teacher_share` of its teacher's figure. `dataset` is needed only where the exported students of a
+    task are of several data sets.
+    """
+
+    metric: str
+    dataset: str | None = None
+    baseline: str = "alone"
+    delta: Share = 0.01
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    resamples: Annotated[int, Field(ge=10_000)] = 20_000
+    seed: Count = 0
+    teacher_share: Share = 0.9
+    latency: LatencyBudget = LatencyBudget()
+    parity: ParityBudget = ParityBudget()

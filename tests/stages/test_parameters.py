@@ -66,6 +66,11 @@ exports:
   small: {{task: recognition, dataset: digits, tolerance: 0.001, threads: 2}}
 tasks:
   recognition: {{batch: 128, threads: 1}}
+gates:
+  recognition:
+    {{metric: top_1, dataset: digits, baseline: alone, delta: 0.01, confidence: 0.95, resamples: 10000, seed: 1,
+      teacher_share: 0.9, latency: {{batch: 1, percentile: p95, budget_ms: 2.0}},
+      parity: {{outputs: 0.0001, metric: 0.001}}}}
 """
 
 Keys = tuple[str | int, ...]
@@ -172,6 +177,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("exports.small.tolerence", 4, "unknown key; did you mean 'tolerance'?"),
     ("tasks.recognition.thread", 4, "unknown key; did you mean 'threads'?"),
     ("sources.file.urls", "x", "unknown key; did you mean 'url'?"),
+    ("gates.recognition.detla", 0.1, "unknown key; did you mean 'delta'?"),
+    ("gates.recognition.latency.budget", 1, "unknown key; did you mean 'budget_ms'?"),
     # Missing keys.
     ("sources.file.url", ABSENT, "is missing"),
     ("sources.file.sha256", ABSENT, "is missing"),
@@ -198,6 +205,10 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.small.network.widths", [], "list should have at least 1 item"),
     ("students.assistant.weights.pairs", -1, "must be >= 0, got -1"),
     ("datasets.digits.size", 3, "must be >= 4, got 3"),
+    ("gates.recognition.resamples", 9999, "must be >= 10000, got 9999"),
+    ("gates.recognition.confidence", 0.5, "must be > 0.5, got 0.5"),
+    ("gates.recognition.metric", "top_2", "input should be 'top_1' or 'recall_at_1', got 'top_2'"),
+    ("gates.recognition.dataset", "photos", "no exported student is of data set 'photos'; known: digits"),
     ("datasets.digits.expect.largest_class", 60, "must be <= 1, got 60"),
     ("teachers.taken.from.std", [0.2, 0.0], "[1]: must be > 0, got 0.0"),
     ("students.small.temperature", float("inf"), "input should be a finite number, got inf"),
@@ -440,7 +451,7 @@ def test_every_key_of_the_schema_is_misspelt_somewhere() -> None:
     from stages.parameters import _models, schema, shared
 
     module = schema("recognition")
-    kinds = [shared.AnySource, module.Dataset, module.Teacher, module.Student, module.Export, module.Task]
+    kinds = [shared.AnySource, module.Dataset, module.Teacher, module.Student, module.Export, module.Task, module.Gates]
     models, fields = [model for kind in kinds for model in _models(kind)], set()
     while models:
         model = models.pop()

@@ -1,0 +1,348 @@
+"""The gates of promotion: pure functions over files and figures, each giving one `Check`.
+
+A gate never raises for what it is there to find: a missing file, a wrong digest or a figure that is too low is a check
+that failed, with the figures it saw and what to do about it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from data.files import digest, sha256
+from stages import paths
+from stages.parameters.shared import Gates, LatencyBudget, ParityBudget
+
+WEIGHTS, ONNX, DESCRIPTION, RECORD = "weights.safetensors", "model.onnx", "model.json", "record.jsonl"
+# Bounds and shares are sums of tenths and hundredths in floating point: a tie is a pass.
+ROUNDING = 1e-9
+CHUNK, FEW_VALUES = 4_000_000, 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one gate found.
+
+    Attributes:
+        name: its name, as in a refusal. sentence: what was found, and what to do where it failed.
+        figures: every number and digest that it saw.
+        advisory: shown, but never a reason to refuse.
+    """
+
+    name: str
+    passed: bool
+    sentence: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    advisory: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """One word: passed, warning or failed."""
+        return "passed" if self.passed else "warning" if self.advisory else "failed"
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def refused(checks: list[Check]) -> list[Check]:
+    """The checks that stand against a promotion."""
+    return [check for check in checks if not check.passed and not check.advisory]
+
+
+def bootstrap_means(gap: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """(resamples,) means of samples drawn with replacement from (N,) values.
+
+    Where values repeat, as differences of zeros and ones do, how often each value is drawn is multinomial: the same
+    distribution from three columns instead of N.
+    """
+    values, counts = np.unique(gap, return_counts=True)
+    few = len(values) <= FEW_VALUES
+    generator = np.random.default_rng(seed)
+    rows = max(1, CHUNK // (len(values) if few else len(gap)))
+    parts = []
+    for start in range(0, resamples, rows):
+        count = min(rows, resamples - start)
+        if few:
+            parts.append(generator.multinomial(len(gap), counts / len(gap), size=count) @ values / len(gap))
+        else:
+            parts.append(gap[generator.integers(len(gap), size=(count, len(gap)))].mean(axis=1))
+    return np.concatenate(parts)
+
+
+def lower_bound(gap: np.ndarray, confidence: float, resamples: int, seed: int) -> float:
+    """Lower end of the one-sided bootstrap interval (percentile) of the mean of (N,) paired differences."""
+    return float(np.quantile(bootstrap_means(gap, resamples, seed), 1 - confidence))
+
+
+def not_worse(name: str, ours: pd.Series, theirs: pd.Series, other: str, gates: Gates) -> Check:
+    """Not worse than another model by more than `gates.delta`, sample by sample.
+
+    Args:
+        ours, theirs: the score of every test sample, by id.
+    """
+    figures: dict[str, Any] = {"other": other, "samples": len(ours), "delta": gates.delta}
+    if len(ours) == 0 or len(ours) != len(theirs) or set(ours.index) != set(theirs.index):
+        common = len(set(ours.index) & set(theirs.index))
+        return Check(
+            name,
+            False,
+            f"evaluated on different test samples ({len(ours)}, and {len(theirs)} of {other}, {common} in common) · "
+            "run `dvc repro` so that both are evaluated on the same data",
+            {**figures, "other_samples": len(theirs), "common": common},
+        )
+    gap = (ours - theirs.reindex(ours.index)).to_numpy(dtype=float)
+    bound = lower_bound(gap, gates.confidence, gates.resamples, gates.seed)
+    figures |= {
+        "score": float(ours.mean()),
+        "other_score": float(theirs.mean()),
+        "difference": float(gap.mean()),
+        "lower_bound": bound,
+        "confidence": gates.confidence,
+        "resamples": gates.resamples,
+        "seed": gates.seed,
+        "only_ours_right": int((gap > 0).sum()),
+        "only_other_right": int((gap < 0).sum()),
+    }
+    passed = bound >= -gates.delta - ROUNDING
+    sentence = (
+        f"{_percent(ours.mean())} against {_percent(theirs.mean())} of {other} on {len(ours):,} test samples: "
+        f"difference {100 * gap.mean():+.2f} points, at {100 * gates.confidence:g} % no lower than {100 * bound:+.2f} "
+        f"({'within' if passed else 'beyond'} the {100 * gates.delta:g} points that it may be worse)"
+    )
+    return Check(name, passed, sentence, figures)
+
+
+def teacher_share(ours: float, theirs: float | None, teacher: str | None, least: float) -> Check:
+    """The share of the teacher's figure that is kept; passes where no teacher answers the same question."""
+    if teacher is None or theirs is None:
+        return Check("teacher_share", True, "no teacher of this data set answers the same question", {"least": least})
+    kept = ours / theirs if theirs > 0 else 1.0
+    passed = kept >= least - ROUNDING
+    return Check(
+        "teacher_share",
+        passed,
+        f"keeps {_percent(kept)} of {teacher} ({_percent(ours)} of {_percent(theirs)}), "
+        f"{'at least' if passed else 'less than the'} {_percent(least)} wanted",
+        {"teacher": teacher, "score": ours, "teacher_score": theirs, "share": kept, "least": least},
+    )
+
+
+def parity(description: Mapping[str, Any], budget: ParityBudget) -> Check:
+    """How far the ONNX file was from PyTorch when it was exported."""
+    found = description["parity"]
+    largest = max(found["largest_difference"].values())
+    metric = abs(found["metric"]["onnx"] - found["metric"]["pytorch"])
+    # Written so that NaN does not pass.
+    passed = largest <= budget.outputs and metric <= budget.metric + ROUNDING
+    return Check(
+        "parity",
+        passed,
+        f"ONNX differs from PyTorch by at most {largest:.3g} (allowed {budget.outputs:g}) and by {metric:.4f} in the "
+        f"metric (allowed {budget.metric:g}), on {found['samples']:,} validation samples",
+        {**found, "outputs_allowed": budget.outputs, "metric_difference": metric, "metric_allowed": budget.metric},
+    )
+
+
+def latency(
+    task: str, student: str, onnx_sha256: str, measured: Mapping[str, Any] | None, budget: LatencyBudget
+) -> Check:
+    """The measured latency of exactly this ONNX file.
+
+    Args:
+        measured: reports/latency/<task>.json, or None.
+    """
+    repair = f"run `python -m stages.latency {task}` while nothing else runs"
+    wanted = {"batch": budget.batch, "percentile": budget.percentile, "budget_ms": budget.budget_ms}
+    entry = (measured or {}).get("models", {}).get(student)
+    if measured is None or entry is None:
+        return Check("latency", False, f"the latency of {student} was not measured · {repair}", wanted)
+    if entry["onnx_sha256"] != onnx_sha256:
+        return Check(
+            "latency",
+            False,
+            f"{student} was exported again since its latency was measured (measured ONNX {entry['onnx_sha256']}, now "
+            f"{onnx_sha256}) · {repair}",
+            {**wanted, "measured_onnx_sha256": entry["onnx_sha256"], "onnx_sha256": onnx_sha256},
+        )
+    value = float(entry["latency_ms"][str(budget.batch)][budget.percentile])
+    passed = value <= budget.budget_ms
+    return Check(
+        "latency",
+        passed,
+        f"{budget.percentile} at batch {budget.batch} is {value:g} ms with {measured.get('threads')} thread(s), "
+        f"{'within' if passed else 'beyond'} the budget of {budget.budget_ms:g} ms",
+        {
+            **wanted,
+            "ms": value,
+            "latency_ms": entry["latency_ms"],
+            "threads": measured.get("threads"),
+            "machine": measured.get("machine"),
+            "time": measured.get("time"),
+        },
+    )
+
+
+def interface(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What a caller relies on: name, shape and type of the input, and what the answers mean."""
+    return {"input": description["input"], "classes": description["interface"].get("classes")}
+
+
+def signature(ours: Mapping[str, Any], champions: Mapping[str, Any], champion: str) -> Check:
+    """The same input and the same labels as the champion's, so that no caller notices the change."""
+    changed = [key for key in sorted({*ours, *champions}) if ours.get(key) != champions.get(key)]
+    figures = {"ours": dict(ours), "champion": dict(champions)}
+    if not changed:
+        return Check("signature", True, f"input and labels are those of {champion}", figures)
+    found = "; ".join(f"{key}: {champions.get(key)} of {champion}, now {ours.get(key)}" for key in changed)
+    return Check("signature", False, f"callers would have to change: {found}", figures)
+
+
+def redistributable(sources: list[Mapping[str, Any]]) -> Check:
+    """Whether everything that the student was made from may be passed on. Advisory."""
+    kept = [str(source["name"]) for source in sources if not source["redistributable"]]
+    return Check(
+        "redistributable",
+        not kept,
+        f"not to be passed on, because of {', '.join(kept)}" if kept else "every source may be passed on",
+        {"sources": [dict(source) for source in sources]},
+        advisory=True,
+    )
+
+
+def tampering(trained: Path, exported: Path) -> list[str]:
+    """A sentence, with both digests, per file of a student that is not what was described; missing ones included."""
+    found = []
+    try:
+        ours = json.loads((trained / DESCRIPTION).read_text(encoding="utf-8"))
+        theirs = json.loads((exported / DESCRIPTION).read_text(encoding="utf-8"))
+        wanted = {trained / WEIGHTS: ours["weights_sha256"], exported / ONNX: theirs["onnx_sha256"]}
+        if theirs["weights_sha256"] != ours["weights_sha256"]:
+            found.append(
+                f"{exported / ONNX} was exported from other weights: {theirs['weights_sha256']}, now "
+                f"{ours['weights_sha256']} · run `dvc repro export@{trained.name}`"
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"the files of {trained.name} cannot be read ({error}) · run `dvc repro export@{trained.name}`"]
+    for path, described in wanted.items():
+        digest_found = sha256(path) if path.is_file() else "nothing"
+        if digest_found != described:
+            found.append(
+                f"{path} is not the file that {DESCRIPTION} describes: wanted sha256 {described}, got {digest_found} · "
+                f"remove {path.parent} and run `dvc checkout` or `dvc repro export@{trained.name}`"
+            )
+    return found
+
+
+def untampered(trained: Path, exported: Path, registered: Mapping[str, str]) -> Check:
+    """Weights and ONNX are what was described, and what was registered.
+
+    Args:
+        registered: weights_sha256 and onnx_sha256 of the registered version, and `stored_onnx_sha256`, that of the
+            file which the registry holds.
+    """
+    problems = tampering(trained, exported)
+    figures: dict[str, Any] = dict(registered)
+    for path, key in ((trained / WEIGHTS, "weights_sha256"), (exported / ONNX, "onnx_sha256")):
+        found = sha256(path) if path.is_file() else "nothing"
+        figures[f"found_{key}"] = found
+        if not problems and found != registered[key]:
+            problems.append(
+                f"{path} is no longer what was registered: sha256 {registered[key]}, now {found} · "
+                "run `python -m pipelines.registry register` again"
+            )
+    if registered["stored_onnx_sha256"] != registered["onnx_sha256"]:
+        problems.append(
+            f"the registry's own copy of the ONNX file is not what was registered: wanted sha256 "
+            f"{registered['onnx_sha256']}, got {registered['stored_onnx_sha256']} · do not serve it; delete this "
+            "version and register the student again"
+        )
+    said = "; ".join(problems) or "weights, ONNX file and the registry's copy have the digests that were registered"
+    return Check("untampered", not problems, said, figures)
+
+
+def validated(task: str, dataset: str, trained_on: str) -> Check:
+    """The proof of validation is there, and it, the prepared data and the student speak of the same data."""
+    proof, manifest = paths.validated(task, dataset), paths.prepared(task, dataset) / "manifest.csv"
+    repair = f"run `dvc repro validate@{dataset}`"
+    if not proof.is_file() or not manifest.is_file():
+        missing = manifest if proof.is_file() else proof
+        return Check("validated", False, f"data set {dataset!r}: {missing} is missing · {repair}", {})
+    found = {"proof": _proof(proof), "manifest": sha256(manifest), "trained_on": trained_on}
+    if found["proof"] != found["manifest"]:
+        said = f"the proof is about other data (manifest {found['proof']}, now {found['manifest']}) · {repair}"
+        return Check("validated", False, said, found)
+    if trained_on != found["manifest"]:
+        said = f"trained on other data than is prepared now ({trained_on}, now {found['manifest']}) · run `dvc repro`"
+        return Check("validated", False, said, found)
+    return Check("validated", True, f"data set {dataset!r} passed validation and is the one trained on", found)
+
+
+def clean(revision: str | None, changes: list[str]) -> Check:
+    """The tree is what the revision says, dvc.lock apart.
+
+    Args:
+        revision: the commit that is checked out; None outside git. changes: lines of `git status --porcelain`.
+    """
+    figures = {"revision": revision, "changes": changes}
+    if revision is None:
+        return Check(
+            "clean", False, "there is no git commit to say what this was made from · commit the project", figures
+        )
+    if changes:
+        named = ", ".join(line[3:] for line in changes[:5]) + (" ..." if len(changes) > 5 else "")
+        said = (
+            f"{len(changes)} uncommitted change(s): {named} · commit or stash them, and `dvc repro` if that asks for it"
+        )
+        return Check("clean", False, said, figures)
+    return Check("clean", True, f"nothing but dvc.lock differs from commit {revision[:12]}", figures)
+
+
+def evaluated(task: str, weights: Mapping[str, str], samples: pd.DataFrame, manifest: pd.DataFrame) -> Check:
+    """The figures belong to the weights and to the test data that are here now.
+
+    Args:
+        weights: sha256 by model, every model of the task, in the order of params.yaml.
+        samples: the student's test samples with id and label. manifest: of the prepared data.
+    """
+    record = paths.evaluation(task) / RECORD
+    repair = f"run `dvc repro evaluate@{task}`"
+    wanted, found = digest(dict(weights)), record_header(record).get("digest")
+    figures = {"weights": wanted, "evaluated": found, "samples": len(samples)}
+    if found != wanted:
+        return Check(
+            "evaluated", False, f"models changed since they were evaluated ({found}, now {wanted}) · {repair}", figures
+        )
+    today = manifest[manifest["split"] == "test"].set_index("id")["label"]
+    then = samples.set_index("id")["label"]
+    if not then.sort_index().astype(str).equals(today.sort_index().astype(str)):
+        said = f"the figures are of other test data ({len(then)} samples, now {len(today)}) · {repair}"
+        return Check("evaluated", False, said, figures)
+    return Check("evaluated", True, "the figures are of these weights on today's test data", figures)
+
+
+def _proof(file: Path) -> str | None:
+    """The digest that a proof of validation is about."""
+    try:
+        found: str | None = json.loads(file.read_text(encoding="utf-8")).get("manifest")
+    except (ValueError, AttributeError):
+        return None
+    return found
+
+
+def record_header(record: Path) -> dict[str, Any]:
+    """The first line of a record; nothing where there is none."""
+    try:
+        with record.open(encoding="utf-8") as file:
+            found: dict[str, Any] = json.loads(file.readline())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

@@ -1,0 +1,1 @@
+"""What a registered student runs as: one self-contained module per task, which imports nothing of this project."""

@@ -1,0 +1,93 @@
+"""Recognition: a test image is worth 1 where it is recognised, else 0; a caller sends raw images.
+
+`pipelines.serving.recognition` answers the caller.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+REQUEST = '{"inputs": [IMAGE, ...]}, an image being nested lists of pixels from 0 to 255'
+COLUMNS = ["id", "label", "prediction", "correct", "same_class_rank"]
+
+
+def signature() -> "ModelSignature":
+    """Request and answer, as MLflow writes them down.
+
+    The request is an object of any shape: the served code checks it itself, and answers with status 400 where MLflow's
+    own check of shapes would answer with 500.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types.schema import Map
+
+    probabilities = ColSpec(Map(DataType.double), "probabilities")
+    answer = Schema([ColSpec("string", "label"), ColSpec("double", "probability"), probabilities])
+    return ModelSignature(Schema([TensorSpec(np.dtype("O"), (-1,), "images")]), answer)
+
+
+def example(description: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A request of one image, no image of any data set: a ramp from black to white.
+
+    Args:
+        description: model.json of the export.
+    """
+    shape = description["input"]["shape"][1:]
+    return {"images": np.linspace(0, 255, int(np.prod(shape))).round().reshape(1, *shape)}
+
+
+def scores(samples: pd.DataFrame, metric: str) -> pd.Series:
+    """Score by id; their mean is the metric.
+
+    Args:
+        samples: rows of reports/evaluation, of one split. metric: `top_1` or `recall_at_1`.
+    """
+    if metric == "top_1":
+        return samples.set_index("id")["correct"].astype(float)
+    # As in evaluation: an image whose class has no other image asks no question.
+    comparable = samples[samples["same_class_rank"] > 0].set_index("id")
+    return (comparable["same_class_rank"] <= 1).astype(float)
+
+
+def evaluate(onnx: Path, description: Mapping[str, Any], prepared: Path) -> pd.DataFrame:
+    """What `stages.evaluate` says of every test image, from an ONNX file: COLUMNS, a row per image.
+
+    Args:
+        description: model.json beside the file. prepared: the data set of today.
+    """
+    import onnxruntime
+
+    from data import recognition as data
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+    ids, images, labels = data.load(prepared, "test")
+    small = data.downsample(data.to_unit(images), description["interface"]["resolution"]).numpy()
+    name = description["input"]["name"]
+    parts = [
+        session.run(["logits", "embedding"], {name: part}) for part in np.split(small, range(256, len(small), 256))
+    ]
+    logits, embedding = (np.concatenate(output) for output in zip(*parts, strict=True))
+    label, prediction = labels.numpy(), logits.argmax(1)
+    rank = same_class_rank(embedding, label)
+    columns = (ids, label, prediction, (prediction == label).astype(int), rank)
+    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+
+
+def same_class_rank(embedding: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """(N,) the place of the nearest other sample of the same class, as `stages.evaluate.recognition` defines it."""
+    ranks = []
+    for index, point in enumerate(embedding):
+        distance = np.linalg.norm(embedding - point, axis=1)
+        same = label == label[index]
+        same[index], distance[index] = False, np.inf
+        nearest = distance[same].min(initial=np.inf)
+        ranks.append(int(((distance <= nearest) & ~same).sum()) + 1 if same.any() else 0)
+    return np.array(ranks, dtype=np.int64)

@@ -1,0 +1,233 @@
+"""A project in miniature as `dvc repro` would leave it, without training: students whose mistakes are known.
+
+Test image i of n holds its number as a grey value. A student with `wrong` mistakes takes the last `wrong` images for
+class "c"; its ONNX file and its table of samples say the same.
+"""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from onnx import TensorProto, helper, save
+
+from data.files import digest, sha256
+
+TASK, SIDE, CLASSES = "recognition", 4, ["a", "b", "c"]
+VALIDATION, TEST = 20, 250
+INTERFACE = {"classes": CLASSES, "channels": 1, "resolution": SIDE, "mean": [0.0], "std": [1.0], "resize": "bicubic"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and how good it is."""
+
+    wrong: int
+    validation: float
+    method: str | None = "kd"
+    weights: str = "first"
+
+
+@dataclass
+class Small:
+    """The files of a project. Change the fields, then `write` again."""
+
+    folder: Path
+    models: dict[str, Model] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=lambda: {"delta": 0.02, "teacher_share": 0.5})
+    ids: str = "row"  # another prefix is other test data
+    hardest: int = TEST  # from this image on, none is harder
+    redistributable: bool = True
+
+    def write(self) -> None:
+        """Everything, as after `dvc repro` and `python -m stages.latency`."""
+        data = self._write_data()
+        self._write_parameters()
+        evaluated, latency = {}, {}
+        for name, model in self.models.items():
+            evaluated[name], onnx = self._write_model(name, model, data)
+            if onnx:
+                times = {"p50": 0.5, "p95": 1.0, "runs": 100}
+                latency[name] = {"onnx_sha256": onnx, "latency_ms": {"1": times, "32": times}}
+        header = {"stage": "evaluate", "key": TASK, "digest": digest(evaluated)}
+        self.put(f"reports/evaluation/{TASK}/record.jsonl", json.dumps(header) + "\n")
+        self.put(f"reports/latency/{TASK}.json", {"task": TASK, "threads": 1, "models": latency})
+
+    def put(self, path: str, value: Any) -> Path:
+        """Write text, bytes or JSON."""
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(value, bytes):
+            file.write_bytes(value)
+        else:
+            file.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+        return file
+
+    def change(self, name: str, **changes: Any) -> None:
+        """Train a model again, or another way."""
+        self.models[name] = dataclasses.replace(self.models[name], **changes)
+        self.write()
+
+    def git(self, *arguments: str) -> None:
+        who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+        subprocess.run(["git", *who, *arguments], cwd=self.folder, check=True, capture_output=True)
+
+    def commit(self) -> None:
+        """Commit everything; what the pipeline makes is ignored."""
+        if not (self.folder / ".git").exists():
+            made = "data\nmodels\nreports\nmlruns\nmlflow.db*\ndecisions\n"
+            self.put(".gitignore", made)
+            self.git("init", "-q")
+        self.git("add", "-A")
+        self.git("commit", "-qm", "state", "--allow-empty")
+
+    def _write_data(self) -> str:
+        rows, images = [], []
+        for part, count in (("validation", VALIDATION), ("test", TEST)):
+            for index in range(count):
+                image = np.zeros((1, SIDE, SIDE), dtype=np.uint8)
+                label = index % 2
+                image[0, 0, label] = 255
+                image[0, 1, 0] = min(index, self.hardest)
+                content = hashlib.sha256(image.tobytes()).hexdigest()
+                images.append(image)
+                rows.append({"id": f"{self.ids}-{part}-{index}", "split": part, "label": label, "sha256": content})
+        prepared = f"data/prepared/{TASK}/tiny"
+        manifest = self.put(f"{prepared}/manifest.csv", pd.DataFrame(rows).to_csv(index=False))
+        np.save(self.folder / prepared / "images.npy", np.stack(images))
+        np.save(self.folder / prepared / "labels.npy", np.array([row["label"] for row in rows]))
+        proof = {"dataset": "tiny", "task": TASK, "manifest": sha256(manifest)}
+        self.put(f"data/validated/{TASK}/tiny.json", proof)
+        return sha256(manifest)
+
+    def _write_parameters(self) -> None:
+        rights = {"licence": "none", "credit": "nobody", "redistributable": self.redistributable}
+        common = {"task": TASK, "dataset": "tiny"}
+        network = {"name": "resnet", "widths": [4]}
+        students = {name: model for name, model in self.models.items() if model.method}
+        split = {"validation": VALIDATION, "test": TEST}
+        dataset = {"task": TASK, "source": "tiny", "format": "folder", "size": SIDE, "channels": 1, "split": split}
+        entries = {
+            name: {
+                **common,
+                "method": model.method,
+                "teacher": "none" if model.method == "alone" else "teacher",
+                "resolution": SIDE,
+                "network": network,
+            }
+            for name, model in students.items()
+        }
+        content = {
+            "sources": {"tiny": {"kind": "folder", "path": "unused", "tree_digest": "0" * 64, **rights}},
+            "datasets": {"tiny": dataset},
+            "teachers": {"teacher": {**common, "network": network}},
+            "students": entries,
+            "exports": dict.fromkeys(entries, common),
+            "tasks": {TASK: {}},
+            "gates": {TASK: self.gates},
+        }
+        self.put("params.yaml", yaml.safe_dump(content))
+
+    def _write_model(self, name: str, model: Model, data: str) -> tuple[str, str]:
+        """Its files; sha256 of weights and ONNX file (none of a teacher)."""
+        weights = sha256(self.put(f"models/trained/{TASK}/{name}/weights.safetensors", f"{name} {model.weights}"))
+        source = {"name": "tiny", "licence": "none", "redistributable": self.redistributable}
+        description = {
+            "name": name,
+            "task": TASK,
+            "interface": INTERFACE,
+            "dataset": {"name": "tiny", "digest": data},
+            "teacher": {"name": "teacher", "weights_sha256": "f" * 64} if model.method == "kd" else None,
+            "sources": [source],
+            "parameters": 51,
+            "weights_sha256": weights,
+        }
+        trained = f"models/trained/{TASK}/{name}"
+        self.put(f"{trained}/model.json", description)
+        self.put(f"{trained}/record.jsonl", json.dumps({"stage": "distill", "key": name, "digest": "d" * 64}) + "\n")
+        self.put(
+            f"reports/metrics/{TASK}/{name}.json",
+            {"validation": {"top_1": model.validation}, "test": {"top_1": 1 - model.wrong / TEST}},
+        )
+        self.put(f"reports/evaluation/{TASK}/{name}.samples.csv", self._samples(model.wrong).to_csv(index=False))
+        if not model.method:
+            return weights, ""
+        exported = self.folder / f"models/exported/{TASK}/{name}"
+        exported.mkdir(parents=True, exist_ok=True)
+        write_onnx(exported / "model.onnx", model.wrong, f"{name} {model.weights}")
+        onnx = sha256(exported / "model.onnx")
+        more = {
+            "onnx_sha256": onnx,
+            "input": {"name": "images", "shape": ["batch", 1, SIDE, SIDE], "dtype": "float32"},
+            "outputs": [{"name": "logits", "shape": ["batch", 3], "dtype": "float32"}],
+            "parity": {
+                "samples": VALIDATION,
+                "largest_difference": {"logits": 1e-6, "embedding": 0.0},
+                "metric": {"onnx": 0.9, "pytorch": 0.9},
+            },
+        }
+        self.put(f"models/exported/{TASK}/{name}/model.json", {**description, **more})
+        return weights, onnx
+
+    def _samples(self, wrong: int) -> pd.DataFrame:
+        rows = []
+        for part, count in (("validation", VALIDATION), ("test", TEST)):
+            for index in range(count):
+                right = part == "validation" or min(index, self.hardest) < TEST - wrong
+                rows.append(
+                    {
+                        "split": part,
+                        "id": f"{self.ids}-{part}-{index}",
+                        "label": index % 2,
+                        "prediction": index % 2 if right else 2,
+                        "confidence": 0.9,
+                        "correct": int(right),
+                        "same_class_rank": 1,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+
+def write_onnx(file: Path, wrong: int, note: str) -> None:
+    """Linear: class a or b by its pixel, and class c for images whose number is TEST - wrong or higher."""
+    pixels = SIDE * SIDE
+    weights = np.zeros((pixels, 3), dtype=np.float32)
+    weights[0, 0] = weights[1, 1] = 10.0
+    weights[SIDE, 2] = 1e4
+    bias = np.array([0.0, 0.0, -1e4 * (TEST - wrong - 0.5) / 255], dtype=np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["images"], ["embedding"], axis=1),
+            helper.make_node("Gemm", ["embedding", "weights", "bias"], ["logits"]),
+        ],
+        note,
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 1, SIDE, SIDE])],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3]),
+            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", pixels]),
+        ],
+        [
+            helper.make_tensor("weights", TensorProto.FLOAT, weights.shape, weights.ravel()),
+            helper.make_tensor("bias", TensorProto.FLOAT, bias.shape, bias),
+        ],
+    )
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(file))
+
+
+def usual(folder: Path) -> Small:
+    """A teacher, two students and the baseline; `best` is best on validation and on test."""
+    return Small(
+        folder,
+        {
+            "teacher": Model(wrong=2, validation=1.0, method=None),
+            "best": Model(wrong=10, validation=0.95),
+            "second": Model(wrong=12, validation=0.9),
+            "plain": Model(wrong=12, validation=0.85, method="alone"),
+        },
+    )

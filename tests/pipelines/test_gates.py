@@ -1,0 +1,378 @@
+"""The gates: each passes and fails for its own reason; the bootstrap against enumeration and the normal law."""
+
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data.files import digest, sha256
+from pipelines import decisions, gates
+from pipelines.candidates import digest_of_test, origin
+from pipelines.gates import Check
+from pipelines.tasks import recognition
+from stages.parameters.recognition import Gates
+from stages.parameters.shared import LatencyBudget, ParityBudget
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small_project import TASK, Small, usual
+
+GATES = Gates(delta=0.02)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
+    monkeypatch.chdir(tmp_path)
+    small = usual(tmp_path)
+    small.write()
+    return small
+
+
+def series(right: list[int] | np.ndarray) -> pd.Series:
+    return pd.Series(np.asarray(right, dtype=float), index=[f"id-{index}" for index in range(len(right))])
+
+
+# Bootstrap
+
+
+def exact_distribution(gap: list[int]) -> dict[float, float]:
+    """Every mean that resampling can give, and its probability, by enumeration of all resamples."""
+    found: dict[float, float] = {}
+    for drawn in itertools.product(gap, repeat=len(gap)):
+        mean = round(sum(drawn) / len(gap), 9)
+        found[mean] = found.get(mean, 0.0) + len(gap) ** -len(gap)
+    return found
+
+
+@pytest.mark.parametrize("gap", [[1, 0, -1, 0, 0], [1, 1, 0, -1, -1, 0], [0, 0, 0], [1, 1, -1, 0, 1, 1]])
+def test_the_bootstrap_has_the_distribution_of_all_resamples(gap: list[int]) -> None:
+    resamples = 200_000
+    means = gates.bootstrap_means(np.array(gap, dtype=float), resamples, seed=1)
+    assert means.shape == (resamples,)
+    exact = exact_distribution(gap)
+    values, counts = np.unique(means.round(9), return_counts=True)
+    assert set(values) <= set(exact)
+    for value, share in exact.items():
+        found = counts[values == value].sum() / resamples
+        assert abs(found - share) < 5 * math.sqrt(share * (1 - share) / resamples) + 1e-9
+
+
+@pytest.mark.parametrize(("better", "worse"), [(30, 30), (50, 20), (20, 60), (0, 40)])
+def test_the_bound_of_paired_proportions_is_the_analytic_one(better: int, worse: int) -> None:
+    """b and c of n pairs differ: the mean difference has variance (b + c - (b - c)^2 / n) / n^2."""
+    n = 1000
+    gap = np.array([1.0] * better + [-1.0] * worse + [0.0] * (n - better - worse))
+    error = math.sqrt((better + worse - (better - worse) ** 2 / n) / n**2)
+    expected = (better - worse) / n - 1.6448536 * error
+    assert gates.lower_bound(gap, 0.95, 40_000, seed=0) == pytest.approx(expected, abs=0.0011)
+    assert gates.lower_bound(gap, 0.99, 40_000, seed=0) < gates.lower_bound(gap, 0.95, 40_000, seed=0)
+
+
+def test_many_different_values_are_drawn_the_same_way() -> None:
+    gap = np.random.default_rng(0).normal(0.1, 1, 3000)
+    bound = gates.lower_bound(gap, 0.95, 10_000, seed=0)
+    assert bound == pytest.approx(gap.mean() - 1.6449 * gap.std() / math.sqrt(len(gap)), abs=0.003)
+    assert bound == gates.lower_bound(gap, 0.95, 10_000, seed=0)
+    assert bound != gates.lower_bound(gap, 0.95, 10_000, seed=1)
+    assert len(gates.bootstrap_means(gap, 10_001, seed=0)) == 10_001
+
+
+# Not worse than another
+
+
+def test_equal_is_not_worse_and_much_worse_is() -> None:
+    right = [1] * 90 + [0] * 10
+    same = gates.not_worse("champion", series(right), series(right), "other", GATES)
+    assert same.passed
+    assert same.figures["lower_bound"] == same.figures["difference"] == 0
+    worse = gates.not_worse("champion", series([1] * 80 + [0] * 20), series(right), "other", GATES)
+    assert not worse.passed
+    assert worse.figures["difference"] == pytest.approx(-0.1)
+    assert (worse.figures["only_ours_right"], worse.figures["only_other_right"]) == (0, 10)
+    assert "other" in worse.sentence
+    better = gates.not_worse("champion", series(right), series([1] * 80 + [0] * 20), "other", GATES)
+    assert better.passed
+    assert better.figures["difference"] == pytest.approx(0.1)
+
+
+def test_an_uncertain_difference_is_refused_even_if_its_mean_is_within_delta() -> None:
+    """25 of 200 pairs each way: the mean is 0, its error 0.035."""
+    ours, theirs = [1] * 25 + [0] * 25 + [1] * 150, [0] * 25 + [1] * 25 + [1] * 150
+    assert not gates.not_worse("baseline", series(ours), series(theirs), "other", GATES).passed
+    assert gates.not_worse("baseline", series(ours), series(theirs), "other", Gates(delta=0.1)).passed
+
+
+def test_delta_is_allowed_exactly() -> None:
+    """Ten values that all lose a tenth: every resample has the same mean."""
+    ours, theirs = series([0.6] * 10), series([0.7] * 10)
+    assert gates.not_worse("champion", ours, theirs, "other", Gates(delta=0.1)).passed
+    assert not gates.not_worse("champion", ours, theirs, "other", Gates(delta=0.0999)).passed
+
+
+def test_samples_are_paired_by_name_not_by_place() -> None:
+    ours = series([1, 0, 1, 1, 0] * 40)
+    check = gates.not_worse("champion", ours, ours.sample(frac=1, random_state=1), "other", Gates(delta=0))
+    assert check.passed
+    assert check.figures["lower_bound"] == 0
+
+
+@pytest.mark.parametrize("theirs", [series([1, 1]), series([1, 1, 1]).rename({"id-0": "x"}), series([])])
+def test_other_samples_cannot_be_compared(theirs: pd.Series) -> None:
+    check = gates.not_worse("champion", series([1, 1, 1]), theirs, "other", GATES)
+    assert not check.passed
+    assert "different test samples" in check.sentence
+    assert not gates.not_worse("champion", series([]), series([]), "other", GATES).passed
+
+
+# Share of the teacher, parity, latency, signature, licences, tree
+
+
+def test_share_of_the_teacher() -> None:
+    assert gates.teacher_share(0.95, 1.0, "t", 0.95).passed
+    assert 0.045 / 0.05 < 0.9
+    assert gates.teacher_share(0.045, 0.05, "t", 0.9).passed
+    refused = gates.teacher_share(0.949, 1.0, "t", 0.95)
+    assert not refused.passed
+    assert refused.figures["share"] == pytest.approx(0.949)
+    assert gates.teacher_share(0.1, None, None, 0.95).passed
+    assert gates.teacher_share(0.0, 0.0, "t", 0.95).passed
+
+
+def exported(largest: float, onnx: float = 0.9) -> dict[str, Any]:
+    differences = {"logits": largest, "embedding": 0.0}
+    metric = {"onnx": onnx, "pytorch": 0.9}
+    return {"parity": {"samples": 10, "largest_difference": differences, "metric": metric}}
+
+
+def test_parity() -> None:
+    budget = ParityBudget(outputs=1e-4, metric=0.01)
+    assert gates.parity(exported(1e-4), budget).passed
+    assert not gates.parity(exported(1.1e-4), budget).passed
+    assert not gates.parity(exported(float("nan")), budget).passed
+    assert gates.parity(exported(0, onnx=0.89), budget).passed
+    assert not gates.parity(exported(0, onnx=0.88), budget).passed
+    assert not gates.parity(exported(0, onnx=0.92), budget).passed
+
+
+def test_latency() -> None:
+    times = {"1": {"p50": 1.0, "p95": 2.0}, "32": {"p50": 10.0, "p95": 20.0}}
+    measured = {"threads": 1, "models": {"small": {"onnx_sha256": "a", "latency_ms": times}}}
+
+    def check(onnx: str = "a", file: Any = measured, student: str = "small", **budget: Any) -> Check:
+        return gates.latency(TASK, student, onnx, file, LatencyBudget(**budget))
+
+    assert check(budget_ms=2.0).passed
+    assert not check(budget_ms=1.99).passed
+    assert check(budget_ms=1.0, percentile="p50").passed
+    assert not check(budget_ms=19.0, batch=32).passed
+    command = f"`python -m stages.latency {TASK}`"
+    for missing in (check(file=None), check(student="other"), check(onnx="b"), check(file={})):
+        assert not missing.passed
+        assert command in missing.sentence
+    assert "a" in check(onnx="b").figures["measured_onnx_sha256"]
+
+
+def test_signature() -> None:
+    ours = {"input": {"name": "images", "shape": ["batch", 1, 7, 7], "dtype": "float32"}, "classes": ["a", "b"]}
+    assert gates.signature(ours, json.loads(json.dumps(ours)), "version 1").passed
+    for changed in (
+        {**ours, "classes": ["b", "a"]},
+        {**ours, "input": {**ours["input"], "shape": ["batch", 1, 8, 8]}},  # type: ignore[dict-item]
+        {"input": ours["input"]},
+    ):
+        check = gates.signature(changed, ours, "version 1")
+        assert not check.passed
+        assert "version 1" in check.sentence
+
+
+def test_licences_warn_and_never_refuse() -> None:
+    free, kept = {"name": "x", "redistributable": True}, {"name": "y", "redistributable": False}
+    assert gates.redistributable([free]).verdict == "passed"
+    warned = gates.redistributable([free, kept])
+    assert (warned.verdict, warned.passed) == ("warning", False)
+    assert "y" in warned.sentence
+    assert gates.refused([warned]) == []
+
+
+def test_only_required_gates_refuse() -> None:
+    good, bad = Check("a", True, ""), Check("b", False, "")
+    assert gates.refused([good, bad]) == [bad]
+    assert (good.verdict, bad.verdict) == ("passed", "failed")
+
+
+def test_clean(project: Small) -> None:
+    def check() -> Check:
+        state = origin()
+        return gates.clean(state.revision, state.changes)
+
+    assert not check().passed  # outside git
+    project.commit()
+    assert check().passed
+    project.put("dvc.lock", "locked")
+    assert check().passed
+    assert origin().lock_sha256 == sha256(Path("dvc.lock"))
+    project.put("new file.py", "")
+    assert not check().passed
+    assert "new file.py" in check().sentence
+    project.commit()
+    assert check().passed
+    project.put("sub/dvc.lock", "another one")
+    assert not check().passed
+    project.commit()
+    project.put("sub/dvc.lock", "another one, changed")
+    assert not check().passed
+    project.commit()
+    project.put("params.yaml", "edited")
+    assert not check().passed
+
+
+# Files
+
+
+def paths_of(name: str) -> tuple[Path, Path]:
+    return Path(f"models/trained/{TASK}/{name}"), Path(f"models/exported/{TASK}/{name}")
+
+
+def untampered(name: str = "best", **registered: str) -> Check:
+    trained, exported = paths_of(name)
+    onnx = json.loads((exported / "model.json").read_text())["onnx_sha256"]
+    weights = json.loads((trained / "model.json").read_text())["weights_sha256"]
+    wanted = {"weights_sha256": weights, "onnx_sha256": onnx, "stored_onnx_sha256": onnx}
+    return gates.untampered(trained, exported, {**wanted, **registered})
+
+
+@pytest.mark.parametrize("which", ["weights.safetensors", "model.onnx"])
+def test_a_tampered_file_is_told_with_both_digests(project: Small, which: str) -> None:
+    assert untampered().passed
+    trained, exported = paths_of("best")
+    file = (trained if which.startswith("weights") else exported) / which
+    before = sha256(file)
+    assert gates.tampering(trained, exported) == []
+    file.write_bytes(file.read_bytes() + b"x")
+    (said,) = gates.tampering(trained, exported)
+    assert before in said
+    assert sha256(file) in said
+    check = untampered()
+    assert not check.passed
+    assert before in check.sentence
+    assert sha256(file) in check.sentence
+    file.unlink()
+    assert not untampered().passed
+    assert before in untampered().sentence
+
+
+def test_weights_that_were_not_exported_are_told(project: Small) -> None:
+    trained, exported = paths_of("best")
+    description = json.loads((exported / "model.json").read_text())
+    (exported / "model.json").write_text(json.dumps({**description, "weights_sha256": "0" * 64}))
+    assert not untampered().passed
+    assert "export@best" in untampered().sentence
+    (exported / "model.json").write_text("{")
+    assert "cannot be read" in gates.tampering(trained, exported)[0]
+
+
+@pytest.mark.parametrize("key", ["weights_sha256", "onnx_sha256", "stored_onnx_sha256"])
+def test_files_that_are_not_those_registered(project: Small, key: str) -> None:
+    check = untampered(**{key: "0" * 64})
+    assert not check.passed
+    assert "0" * 64 in check.sentence
+
+
+def test_validated(project: Small) -> None:
+    manifest = Path(f"data/prepared/{TASK}/tiny/manifest.csv")
+    proof = Path(f"data/validated/{TASK}/tiny.json")
+    trained_on = sha256(manifest)
+    assert gates.validated(TASK, "tiny", trained_on).passed
+    assert not gates.validated(TASK, "tiny", "0" * 64).passed
+    kept = proof.read_text()
+    proof.write_text("{")
+    assert not gates.validated(TASK, "tiny", trained_on).passed
+    proof.unlink()
+    missing = gates.validated(TASK, "tiny", trained_on)
+    assert not missing.passed
+    assert "dvc repro validate@tiny" in missing.sentence
+    proof.write_text(kept)
+    manifest.write_text(manifest.read_text() + "\n")
+    assert not gates.validated(TASK, "tiny", trained_on).passed
+    assert not gates.validated(TASK, "tiny", sha256(manifest)).passed  # retrained, but not validated again
+
+
+def test_evaluated(project: Small) -> None:
+    manifest = pd.read_csv(f"data/prepared/{TASK}/tiny/manifest.csv")
+    table = pd.read_csv(f"reports/evaluation/{TASK}/best.samples.csv")
+    samples = table[table["split"] == "test"]
+    weights = {name: sha256(paths_of(name)[0] / "weights.safetensors") for name in project.models}
+    assert gates.evaluated(TASK, weights, samples, manifest).passed
+    assert gates.evaluated(TASK, weights, samples.iloc[::-1], manifest).passed
+    assert not gates.evaluated(TASK, {**weights, "best": "0" * 64}, samples, manifest).passed
+    assert not gates.evaluated(TASK, weights, samples.iloc[1:], manifest).passed
+    assert not gates.evaluated(TASK, weights, samples.assign(label=0), manifest).passed
+    assert not gates.evaluated(TASK, weights, samples, manifest[manifest["split"] != "test"]).passed
+    Path(f"reports/evaluation/{TASK}/record.jsonl").unlink()
+    assert not gates.evaluated(TASK, weights, samples, manifest).passed
+    assert digest(weights) in gates.evaluated(TASK, weights, samples, manifest).sentence
+
+
+# Scores
+
+
+def test_scores_of_a_metric() -> None:
+    table = pd.DataFrame({"id": ["x", "y", "z"], "correct": [1, 0, 1], "same_class_rank": [0, 1, 2]})
+    assert recognition.scores(table, "top_1").to_dict() == {"x": 1.0, "y": 0.0, "z": 1.0}
+    assert recognition.scores(table, "recall_at_1").to_dict() == {"y": 1.0, "z": 0.0}
+
+
+def test_an_onnx_file_is_evaluated_as_the_stage_does(project: Small) -> None:
+    exported = paths_of("best")[1]
+    description = json.loads((exported / "model.json").read_text())
+    found = recognition.evaluate(exported / "model.onnx", description, Path(f"data/prepared/{TASK}/tiny"))
+    table = pd.read_csv(f"reports/evaluation/{TASK}/best.samples.csv")
+    wanted = table[table["split"] == "test"].reset_index(drop=True)
+    columns = ["id", "label", "prediction", "correct"]
+    pd.testing.assert_frame_equal(found[columns], wanted[columns], check_dtype=False)
+
+
+def test_ranks_are_those_of_evaluation() -> None:
+    import torch
+
+    from stages.evaluate.recognition import same_class_rank
+
+    generator = np.random.default_rng(0)
+    points, label = generator.normal(size=(60, 3)).round(1).astype(np.float32), generator.integers(0, 5, 60)
+    label[0] = 9  # alone in its class
+    wanted = same_class_rank(torch.from_numpy(points).double(), torch.from_numpy(label)).numpy()
+    np.testing.assert_array_equal(recognition.same_class_rank(points.astype(np.float64), label), wanted)
+
+
+def test_the_digest_of_test_data_moves_with_it_alone(project: Small) -> None:
+    manifest = pd.read_csv(f"data/prepared/{TASK}/tiny/manifest.csv")
+    before = digest_of_test(manifest)
+    assert digest_of_test(manifest.sample(frac=1, random_state=0)) == before
+    other = manifest.copy()
+    other.loc[other["split"] == "validation", "label"] = 2
+    assert digest_of_test(other) == before
+    other.loc[other.index[-1], "label"] = 2
+    assert digest_of_test(other) != before
+    assert digest_of_test(manifest.iloc[:-1]) != before
+
+
+# Records
+
+
+def test_a_record_holds_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    checks = [Check("one", True, "fine | really", {"a": 1.5}), Check("two", False, "not", {"b": float("nan")})]
+    record = decisions.write(TASK, "refused", {"version": "3"}, checks)
+    text, plain = record.read_text(), json.loads(record.with_suffix(".json").read_text())
+    assert {"passed | fine \\| really", "failed | not"} <= {line[8:-2] for line in text.splitlines()}
+    assert "- a: 1.5" in text
+    assert plain["gates"]["one"]["figures"] == {"a": 1.5}
+    assert plain["gates"]["two"]["figures"] == {"b": "nan"}
+    assert (plain["decision"], plain["version"]) == ("refused", "3")
+    others = {decisions.write(TASK, "refused", {"version": "3"}, checks) for _ in range(3)}
+    assert len({record, *others}) == 4
