@@ -157,7 +157,7 @@ def _growing(quiet_seconds: float) -> Iterator[Source]:
                 continue  # not begun yet, or of a model that params.yaml no longer names
             recent = time.time() - modified / 1000 < quiet_seconds
             # One training at a time holds the lock of a model; what lies beside the newest is of earlier parameters.
-            alive = path == newest and (recent or _held(owner / "lock"))
+            alive = path == newest and (recent or _held(paths.lock(owner.parent.name, owner.name)))
             yield Source(
                 stage=header["stage"],
                 key=header["key"],

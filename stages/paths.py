@@ -93,3 +93,8 @@ def latency(task: str) -> Path:
 def checkpoints(stage: str, key: str) -> Path:
     """Training that is under way."""
     return Path(".checkpoints") / stage / key
+
+
+def lock(stage: str, key: str) -> Path:
+    """Held by the process that trains a model; outside of what is removed at the end."""
+    return Path(".checkpoints") / stage / f"{key}.lock"

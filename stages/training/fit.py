@@ -96,7 +96,7 @@ def exclusive(stage: str, key: str) -> Iterator[None]:
     Raises:
         UserError: another process holds them.
     """
-    path = paths.checkpoints(stage, key).with_name(f"{key}.lock")
+    path = paths.lock(stage, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         try:

@@ -64,7 +64,7 @@ class Disk:
         file = self.write(
             f".checkpoints/{stage}/{key}/{name[:16]}/record.jsonl", self.header(stage, key, name) + content
         )
-        (file.parents[1] / "lock").touch()
+        file.parents[1].with_name(f"{file.parents[1].name}.lock").touch()
         if now:
             os.utime(file)
         return file

@@ -48,7 +48,7 @@ def trainer(disk: Disk) -> Iterator[Callable[[], IO[bytes]]]:
     held: list[IO[bytes]] = []
 
     def hold() -> IO[bytes]:
-        held.append((disk.root / ".checkpoints/distill/small/lock").open("wb"))
+        held.append((disk.root / ".checkpoints/distill/small.lock").open("wb"))
         fcntl.flock(held[-1], fcntl.LOCK_EX)
         return held[-1]
 
@@ -136,7 +136,7 @@ def test_silence_ends_a_training_only_where_nobody_holds_it(disk: Disk, trainer:
 def test_looking_at_a_training_takes_nothing_from_it(disk: Disk) -> None:
     disk.grow("distill", "small", STUDENT, b"")
     record_files.find()
-    with (disk.root / ".checkpoints/distill/small/lock").open("wb") as lock:
+    with (disk.root / ".checkpoints/distill/small.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
