@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := true
 export GX_ANALYTICS_ENABLED := false
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
 TASK ?= recognition
 
 .DEFAULT_GOAL := help
@@ -24,12 +26,22 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[dev]'
 	touch $@
 
-demo: setup  ## The pipeline of one task, then its table and report: make demo TASK=recognition
-	targets=$$(python -m stages.parameters $(TASK)) && dvc repro $$targets
+demo: setup  ## One task as a flow, registered and promoted, then its report: make demo TASK=recognition
+	@python -m stages.parameters
+	python -m pipelines.distillation --task $(TASK)
+	python -m stages.latency $(TASK)
+	python -m pipelines.registry register $(TASK)
+	python -m pipelines.registry promote $(TASK) || echo "the champion stays as it is, for the reasons above"
 	python -m stages.report $(TASK)
 
 test: lint types  ## Lint, types and the default tests
 	python -m pytest -n logical
+
+ui: setup  ## The pages of Prefect and MLflow, until Ctrl-C
+	@echo "Prefect: http://127.0.0.1:4200   MLflow: http://127.0.0.1:5000   (Ctrl-C ends both)"
+	@trap 'kill 0' INT TERM EXIT; \
+	PREFECT_HOME=$(CURDIR)/.prefect prefect server start --host 127.0.0.1 --port 4200 >/dev/null 2>&1 & \
+	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db >/dev/null 2>&1 & wait
 
 slow: setup  ## Whole pipelines through the real command line
 	python -m pytest -m "slow and not soak" -o timeout=900

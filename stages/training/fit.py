@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,10 +100,17 @@ def exclusive(stage: str, key: str) -> Iterator[None]:
     path = paths.lock(stage, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{stage} {key} is being trained by another process · wait for it, or end it") from None
+        # Whoever follows records asks for a moment whether somebody trains: a second try tells that from a training.
+        for patience in (0.2, 0.5, None):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if patience is None:
+                    raise UserError(
+                        f"{stage} {key} is being trained by another process · wait for it, or end it"
+                    ) from None
+                time.sleep(patience)
         yield
 
 
