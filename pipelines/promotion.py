@@ -89,10 +89,9 @@ def rollback(task: str) -> None:
             )
         record = decisions.write(task, "rolled-back", {**_facts(target), "champion_before": now}, [])
         _tag(client, target, record, [], None)
-        # What is known before the alias moves is written before, without the way back; it is shortened after.
+        # Shortened to what holds now: a champion that stood twice would be found in its later place otherwise.
         client.set_registered_model_tag(task, HISTORY, json.dumps(before))
         client.set_registered_model_alias(task, CHAMPION, target.version)
-        client.set_registered_model_tag(task, HISTORY, json.dumps(before[:-1]))
     print(f"version {target.version} ({target.tags['student']}) is champion of {task} again, instead of version {now}")
     print(f"record: {record}")
 

@@ -324,6 +324,7 @@ def test_the_baseline_itself_may_be_champion(project: Small) -> None:
     register(TASK)
     assert promote(TASK)
     assert students()[held()["champion"]] == "plain"
+    assert "itself the baseline" in records()[-1]["gates"]["baseline"]["sentence"]
     assert records()[-1]["gates"]["teacher_share"]["figures"]["teacher"] == "teacher"
 
 
@@ -460,6 +461,23 @@ def test_rollback_twice_and_forward_again(champion: Small) -> None:
     assert history() == [first, third]
     rollback(TASK)
     assert held()["champion"] == first
+
+
+def test_rollback_past_a_champion_that_stood_twice(champion: Small) -> None:
+    first = held()["champion"]
+    again(champion, weights="other")
+    assert promote(TASK)
+    second = held()["champion"]
+    again(champion, weights="first")
+    assert held()["challenger"] == first
+    assert promote(TASK)
+    assert history() == [first, second, first]
+    rollback(TASK)
+    assert held()["champion"] == second
+    rollback(TASK)
+    assert (held()["champion"], history()) == (first, [first])
+    with pytest.raises(UserError, match="no champion before"):
+        rollback(TASK)
 
 
 def test_rollback_restores_nothing_that_was_tampered_with(champion: Small) -> None:
