@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from data.errors import UserError
-from data.files import digest, sha256
-from pipelines.gates import DESCRIPTION, ONNX, RECORD, record_header, tampering
+from data.files import sha256
+from pipelines.gates import DESCRIPTION, ONNX, RECORD, evaluated_weights, record_header, tampering
 from stages import paths
 from stages.parameters import Parameters
 from stages.parameters.shared import Gates, Student
@@ -206,8 +206,8 @@ def _require_fresh_figures(task: str, parameters: Parameters) -> None:
     Raises:
         UserError: models changed since they were evaluated, or never were.
     """
-    evaluated = record_header(paths.evaluation(task) / RECORD).get("digest")
-    if evaluated != digest(weights(task, parameters)):
+    evaluated = evaluated_weights(task)
+    if evaluated != weights(task, parameters):
         raise UserError(
             f"the models of task {task!r} {'changed since they were' if evaluated else 'were not yet'} evaluated · run "
             f"`dvc repro evaluate@{task}`"

@@ -313,7 +313,7 @@ def test_evaluated(project: Small) -> None:
     assert not gates.evaluated(TASK, weights, samples.iloc[1:], manifest).passed
     assert not gates.evaluated(TASK, weights, samples.assign(label=0), manifest).passed
     assert not gates.evaluated(TASK, weights, samples, manifest[manifest["split"] != "test"]).passed
-    Path(f"reports/evaluation/{TASK}/record.jsonl").unlink()
+    Path(f"reports/evaluation/{TASK}/models.json").unlink()
     assert not gates.evaluated(TASK, weights, samples, manifest).passed
     assert digest(weights) in gates.evaluated(TASK, weights, samples, manifest).sentence
 

@@ -211,7 +211,7 @@ def test_what_is_not_exported_yet_is_left_out(project: Small, capsys: pytest.Cap
 
 
 def test_figures_of_other_weights_select_nothing(project: Small) -> None:
-    project.put(f"reports/evaluation/{TASK}/record.jsonl", json.dumps({"digest": "0" * 64}) + "\n")
+    project.put(f"reports/evaluation/{TASK}/models.json", json.dumps({"best": "0" * 64}))
     with pytest.raises(UserError, match=f"dvc repro evaluate@{TASK}"):
         register(TASK)
 
@@ -352,7 +352,7 @@ PARITY = {"samples": 20, "largest_difference": {"logits": 0.5}, "metric": {"onnx
         (tampered(WEIGHTS), "untampered"),
         (lambda project: (registry.stored(TASK, held()["challenger"]) / "model.onnx").write_bytes(b"x"), "untampered"),
         (lambda project: Path(f"data/validated/{TASK}/tiny.json").unlink(), "validated"),
-        (lambda project: project.put(f"reports/evaluation/{TASK}/record.jsonl", "{}\n"), "evaluated"),
+        (lambda project: project.put(f"reports/evaluation/{TASK}/models.json", "{}"), "evaluated"),
         (lambda project: Path(LATENCY).unlink(), "latency"),
         (lambda project: project.put(LATENCY, Path(LATENCY).read_text().replace(sha256(Path(ONNX)), "0")), "latency"),
         (lambda project: project.put("new.py", ""), "clean"),
