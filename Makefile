@@ -40,7 +40,7 @@ test: lint types  ## Lint, types and the default tests
 ui: setup  ## The pages of Prefect and MLflow, until Ctrl-C
 	@echo "Prefect: http://127.0.0.1:4200   MLflow: http://127.0.0.1:5000   (Ctrl-C ends both)"
 	@trap 'kill 0' INT TERM EXIT; \
-	PREFECT_HOME=$(CURDIR)/.prefect prefect server start --host 127.0.0.1 --port 4200 >/dev/null 2>&1 & \
+	PREFECT_HOME="$(CURDIR)/.prefect" prefect server start --host 127.0.0.1 --port 4200 >/dev/null 2>&1 & \
 	mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///mlflow.db >/dev/null 2>&1 & wait
 
 slow: setup  ## Whole pipelines through the real command line
