@@ -134,6 +134,13 @@ def test_the_code_a_stage_imports_is_what_it_depends_on(parameters: dict[str, An
     assert seen == {"fetch", "prepare", "validate", "teach", "distill", "evaluate", "export"}
 
 
+def test_a_stage_replaces_its_shell() -> None:
+    """A shell that waits for its last command would take signals, and DVC's end, in the stage's place."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for name, stage in stages.items():
+        assert stage["do"]["cmd"] == f"exec env PYTHONPATH=${{code}} python -m stages.{name} ${{key}}"
+
+
 def test_the_short_list_is_short_and_true() -> None:
     for name in NO_DEPENDENCY:
         file = module_file(name)
@@ -148,7 +155,7 @@ def test_the_short_list_is_short_and_true() -> None:
 @pytest.fixture
 def two_tasks(tmp_path: Path, parameters: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """The shipped dvc.yaml over two tasks: recognition, and a second one that shares its source."""
-    both = {section: dict(entries) for section, entries in parameters.items()}
+    both = {section: dict(entries) if isinstance(entries, dict) else entries for section, entries in parameters.items()}
     for section in ("datasets", "teachers", "students", "exports"):
         for name, item in parameters[section].items():
             twin = {**item, "task": "other"}

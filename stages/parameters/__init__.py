@@ -18,7 +18,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from data.errors import UserError, suggest
 from stages.parameters.shared import AnySource, Dataset, Export, Gates, Source, Student, Task, Teacher
 
-TASKS = ("recognition",)
+TASKS = ("recognition", "segmentation")
+CODE = "code"  # where the code lies, for dvc.yaml alone
 SECTIONS = ("sources", "datasets", "teachers", "students", "exports", "tasks", "gates")
 PER_TASK = {"tasks": "Task", "gates": "Gates"}  # sections whose entries are named after tasks
 DISCRIMINATORS = ("method", "name", "kind")  # the fields that tell the members of a union apart
@@ -80,8 +81,10 @@ def load(path: Path = Path("params.yaml")) -> Parameters:
     if not isinstance(raw, dict):
         raise UserError(f"{path} must be a mapping of {', '.join(SECTIONS)}")
     mistakes: list[str] = [
-        f"{key}: unknown section; {suggest(str(key), SECTIONS)}" for key in raw if key not in SECTIONS
+        f"{key}: unknown section; {suggest(str(key), (CODE, *SECTIONS))}" for key in raw if key not in (CODE, *SECTIONS)
     ]
+    if not isinstance(raw.get(CODE, "."), str):
+        mistakes.append(f"{CODE}: must be the path from here to the root of the project, got {raw[CODE]!r}")
     found: dict[str, dict[str, Any]] = {}
     for section in SECTIONS:
         entries = {} if raw.get(section) is None else raw[section]

@@ -3,6 +3,7 @@
 import os
 import queue
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,9 +197,13 @@ def test_only_one_flow_works_on_a_checkout(tmp_path: Path) -> None:
         pass
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty DVC project; the working directory."""
+@pytest.fixture(params=["sh", "bash"])
+def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty DVC project; the working directory. DVC uses the user's shell, and they treat a last command unlike."""
+    shell = shutil.which(request.param)
+    if shell is None:
+        pytest.skip(f"no {request.param} on this machine")
+    monkeypatch.setenv("SHELL", shell)
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc" / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
     monkeypatch.chdir(tmp_path)
@@ -208,7 +213,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(project: Path, **commands: str) -> None:
     """Stages that run a line of Python each, and make a file of their name."""
-    stages = {name: {"cmd": f'python -c "{code}"', "outs": [name]} for name, code in commands.items()}
+    stages = {name: {"cmd": f'exec python -c "{code}"', "outs": [name]} for name, code in commands.items()}
     (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
 
 

@@ -42,7 +42,7 @@ def test_the_shipped_pipeline(shipped: Callable[..., Graph]) -> None:
     for name, student in parameters["students"].items():
         stage = graph.stages[f"distill@{name}"]
         assert (stage.kind, stage.key, stage.task, stage.resource) == ("distill", name, student["task"], "cpu")
-        assert stage.cmd == f"python -m stages.distill {name}"
+        assert stage.cmd == f"exec env PYTHONPATH=. python -m stages.distill {name}"
         teacher = student["teacher"]
         kind = "teach" if teacher in parameters["teachers"] else "distill"
         wanted = {f"prepare@{student['dataset']}", f"validate@{student['dataset']}"}

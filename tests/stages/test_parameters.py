@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import UserError, suggest
-from stages.parameters import SECTIONS, Parameters, load, select
+from stages.parameters import CODE, SECTIONS, Parameters, load, select
 from stages.parameters.recognition import HORKD, KD, Alone, TorchvisionNetwork
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +23,7 @@ DIGEST = "0123456789abcdef" * 4
 
 # Every kind of entry, and every key that there is.
 FULL = f"""
+code: ..
 sources:
   wheel: {{kind: wheel, package: some-data==1.0, files: [a/b.csv], sha256: {DIGEST},
            licence: none, credit: nobody, redistributable: true}}
@@ -332,7 +333,7 @@ def test_keys_that_are_no_text(key: Any) -> None:
         place(raw)[key] = {}
         return mistakes(raw)
 
-    assert with_key(lambda raw: raw) == [f"{key}: unknown section; known: {', '.join(sorted(SECTIONS))}"]
+    assert with_key(lambda raw: raw) == [f"{key}: unknown section; known: {', '.join(sorted((CODE, *SECTIONS)))}"]
     assert with_key(lambda raw: raw["students"])[0].startswith(f"students.{key}: a name consists of letters")
     (line,) = with_key(lambda raw: raw["students"]["small"])
     assert line.startswith("students.small")
@@ -402,7 +403,7 @@ def known_keys(raw: dict[str, Any]) -> list[Keys]:
                 walk(inner, (*path, key))
 
     for section, entries in raw.items():
-        for name, entry in entries.items():
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
             walk(entry, (section, name))
     return found
 
