@@ -299,7 +299,7 @@ def read_folders(raw: Path, dataset: Any) -> tuple[list[str], list[File]]:
         folders = [raw / name for name in names if (raw / name).is_dir()]
         if len(folders) != 1:
             found = ", ".join(sorted(path.name for path in raw.iterdir())) or "nothing"
-            raise UserError(f"{raw} must hold one folder {' or '.join(names)}, but holds {found}")
+            raise UserError(f"{raw} must hold one folder {' or '.join(names)}, but holds {found} · complete the source")
         images, labels = _by_stem(folders[0] / "images"), _by_stem(folders[0] / "labels")
         _same_names(images, labels, folders[0] / "images", folders[0] / "labels")
         files += [File(f"{split}/{name}", split, path, labels[name], values) for name, path in images.items()]
@@ -312,7 +312,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
         raise UserError(f"the folder {folder} is missing · {{train,val,test}}/{{images,labels}} is expected")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith("."):
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in found:
                 raise UserError(f"{found[name]} and {path} have one name, {name!r} · labels could belong to either")
