@@ -439,6 +439,11 @@ REGIONS = {"train": (0.0, 0.55), "validation": (0.58, 0.77), "test": (0.8, 1.0)}
 ZOOM = (0.75, 1.3)  # size of a window of a photograph, relative to a scene
 WIDEST = 1.4  # of a digit, relative to its height
 STROKE = 0.5  # a pixel carries the digit's label where the stroke covers at least this much of it
+CONTRAST = (0.25, 0.9)  # between a stroke and the mean colour behind it: a distance in RGB in [0, 1]
+OPACITY = (0.75, 1.0)  # of a stroke
+TURN, SHEAR, STRETCH = 15, 0.2, (0.85, 1.2)  # of a digit: degrees to either side, width per height, factor of the width
+LIGHT = (0.6, 1.15)  # brightness of a scene
+GRAIN = 0.04  # largest standard deviation of a scene's noise
 TRIES = 20  # to find a place for a digit
 LOST = 0.3  # of what is there of a class, the share that one more digit may cover
 
@@ -474,8 +479,8 @@ def make_scenes(raw: Path, dataset: Any) -> Iterator[Row]:
                     digits[row], int(generator.integers(scenes.height[0], scenes.height[1], endpoint=True)), generator
                 )
                 _place(canvas, labels, stroke, int(kinds[row]) + 1, generator)
-            canvas = canvas * generator.uniform(0.6, 1.15)
-            canvas = canvas + generator.normal(0, generator.uniform(0, 0.04), canvas.shape)
+            canvas = canvas * generator.uniform(*LIGHT)
+            canvas = canvas + generator.normal(0, generator.uniform(0, GRAIN), canvas.shape)
             image = (canvas.clip(0, 1) * 255).round().astype(np.uint8)
             columns = {"digits": " ".join(map(str, shown)), "region": region}
             yield Row(f"{split}/{index:05d}", split, (height, width), image, labels, columns)
@@ -579,9 +584,9 @@ def draw(digit: np.ndarray, height: int, generator: np.random.Generator) -> np.n
     from PIL import Image
 
     box = digit[np.ix_(digit.any(axis=1), digit.any(axis=0))]
-    stretched = box.shape[1] / box.shape[0] * generator.uniform(0.85, 1.2)
+    stretched = box.shape[1] / box.shape[0] * generator.uniform(*STRETCH)
     width = max(round(height * min(stretched, WIDEST)), 3)
-    turn, shear = math.radians(generator.uniform(-15, 15)), generator.uniform(-0.2, 0.2)
+    turn, shear = math.radians(generator.uniform(-TURN, TURN)), generator.uniform(-SHEAR, SHEAR)
     upright = Image.fromarray(box).resize((width, height), Image.Resampling.BICUBIC)
     side = 2 * height  # holds it however it is turned
     canvas = Image.new("L", (side, side))
@@ -618,11 +623,11 @@ def _place(
     under = canvas[place]
     behind = under[seen].mean(axis=0)
     direction = generator.normal(size=3)
-    step = generator.uniform(0.25, 0.9) * direction / np.linalg.norm(direction)
+    step = generator.uniform(*CONTRAST) * direction / np.linalg.norm(direction)
     # Of the two directions the one with more room in [0, 1].
     colours = (behind + np.stack([step, -step])).clip(0, 1)
     colour = colours[np.argmax(np.linalg.norm(colours - behind, axis=1))]
-    cover = (stroke * generator.uniform(0.75, 1.0))[..., None]
+    cover = (stroke * generator.uniform(*OPACITY))[..., None]
     canvas[place] = under * (1 - cover) + colour * cover
     labels[place][seen] = label
 
