@@ -164,7 +164,9 @@ class Segmenter(nn.Module):
         self.features = encoder.features
         self.context = context
         self.head = _classifier(context.width, width, classes, dropout)
-        self.auxiliary = None if auxiliary is None else _classifier(self.features["stage3"], auxiliary, classes, dropout)
+        self.auxiliary = (
+            None if auxiliary is None else _classifier(self.features["stage3"], auxiliary, classes, dropout)
+        )
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:
         """The features of every place; no head runs. (B, 3, H, W) in [0, 1]."""
@@ -188,6 +190,37 @@ def _classifier(channels: int, width: int, classes: int, dropout: float) -> nn.S
 def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     """(B, C, h, w) to (B, C, *size): bilinear, corners not aligned (GDD card 3.5)."""
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+
+
+def confusion(truth: Tensor, found: Tensor, classes: int, ignore: int) -> Tensor:
+    """(B, classes, classes) int64: how many pixels of each image have label i (rows) and are taken for j (columns).
+
+    Shapes: truth and found (B, H, W) integers; pixels whose label is `ignore` are not counted.
+    Raises: ValueError if the shapes differ, or a label is outside the range.
+    """
+    if truth.shape != found.shape:
+        raise ValueError(f"labels {tuple(truth.shape)} and predictions {tuple(found.shape)} differ in shape")
+    image = torch.arange(len(truth), device=truth.device).view(-1, 1, 1)
+    labelled = truth != ignore
+    places = ((image * classes + truth) * classes + found)[labelled]
+    if places.numel() and not 0 <= int(truth[labelled].min()) <= int(truth[labelled].max()) < classes:
+        raise ValueError(f"labels must be below {classes} or {ignore}, found {sorted(set(truth.unique().tolist()))}")
+    return torch.bincount(places, minlength=len(truth) * classes**2).view(-1, classes, classes)
+
+
+def intersection_and_union(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels of each class in both labels and prediction, and in either: (..., classes) each, of a confusion."""
+    both = counts.diagonal(dim1=-2, dim2=-1)
+    return both, counts.sum(-1) + counts.sum(-2) - both
+
+
+def mean_iou(counts: Tensor) -> Tensor:
+    """(...) float64 from a confusion (..., classes, classes): the mean over classes of intersection over union.
+
+    Classes that stand neither in the labels nor in the prediction are left out; NaN where no class is left.
+    """
+    both, either = intersection_and_union(counts.double())
+    return (both / either).nanmean(-1)
 
 
 def adaptive_means(x: Tensor, pools: Sequence[int]) -> list[Tensor]:

@@ -138,22 +138,15 @@ class Segmentation(Task):
     def monitor(self, network: nn.Module) -> Mapping[str, float]:
         images, labels = self._validation
         classes = len(self.interface["classes"])
-        confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        counts = torch.zeros(classes, classes, dtype=torch.int64)
         some = max(1, PIXELS // (images.shape[-2] * images.shape[-1]))
         with torch.inference_mode():
             for part, truth in zip(images.split(some), labels.split(some), strict=True):
                 logits = network(self._fit(data.to_unit(part.to(self._run.device)))).logits
                 found = models.upsample(logits.float(), truth.shape[-2:]).argmax(1).cpu()
-                labelled = truth != data.IGNORE
-                pairs = truth[labelled].long() * classes + found[labelled]
-                confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-        right = confusion.diagonal()
-        union = confusion.sum(0) + confusion.sum(1) - right
-        present = union > 0
-        return {
-            "miou": float((right[present] / union[present]).double().mean()),
-            "pixel_accuracy": float(right.sum() / confusion.sum()),
-        }
+                counts += models.confusion(truth, found, classes, data.IGNORE).sum(0)
+        right = counts.diagonal().sum() / counts.sum()
+        return {"miou": models.mean_iou(counts).item(), "pixel_accuracy": right.item()}
 
 
 def pixel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

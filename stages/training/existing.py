@@ -53,9 +53,7 @@ def require_same_question(teacher: Description, dataset: Mapping[str, Any], prep
             )
 
 
-def normalisation(
-    outside: Any, description: Mapping[str, Any], prepared: Path
-) -> tuple[list[float], list[float]]:
+def normalisation(outside: Any, description: Mapping[str, Any], prepared: Path) -> tuple[list[float], list[float]]:
     """Mean and std per channel that an existing model's pixels are normalised with: its own, or the data set's.
 
     Args:
