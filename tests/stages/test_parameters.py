@@ -25,8 +25,10 @@ DIGEST = "0123456789abcdef" * 4
 FULL = f"""
 code: ..
 sources:
-  wheel: {{kind: wheel, package: some-data==1.0, files: [a/b.csv], sha256: {DIGEST},
-           licence: none, credit: nobody, redistributable: true}}
+  wheel: {{kind: wheel, licence: none, credit: nobody, redistributable: true,
+           wheels: [{{package: some-data==1.0, files: [a/b.csv], sha256: {DIGEST}}},
+                    {{package: other==2.0, python: "3.11", platform: manylinux_2_28_x86_64, files: [c.jpg],
+                      sha256: {DIGEST}}}]}}
   file: {{kind: url, url: "https://example.org/a.zip", sha256: {DIGEST},
           licence: none, credit: nobody, redistributable: false}}
   tree: {{kind: folder, path: $DATA/images, tree_digest: {DIGEST},
@@ -79,13 +81,13 @@ ABSENT = object()
 
 
 def edited(*edits: tuple[str, Any], text: str = FULL) -> dict[str, Any]:
-    """The parameters with some values set (or removed) by their dotted path."""
+    """The parameters with some values set (or removed) by their path, as in `a.b[0].c`."""
     raw: dict[str, Any] = copy.deepcopy(yaml.safe_load(text))
     for path, value in edits:
-        *above, last = path.split(".")
-        place = raw
+        *above, last = [int(step) if step.isdigit() else step for step in re.findall(r"[^.\[\]]+", path)]
+        place: Any = raw
         for key in above:
-            place = place.setdefault(key, {})
+            place = place[key] if isinstance(place, list) else place.setdefault(key, {})
         if value is ABSENT:
             del place[last]
         else:
@@ -170,7 +172,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("teachers.taken.outside", {}, "unknown key; known: dataset, from, network, "),
     ("teachers.taken.from.network.modl", 1, "unknown key; did you mean 'model'?"),
     ("teachers.large.network.block", 1, "unknown key; did you mean 'blocks'?"),
-    ("sources.wheel.file", "x", "unknown key; did you mean 'files'?"),
+    ("sources.wheel.wheels[1].file", "x", "unknown key; did you mean 'files'?"),
     ("sources.tree.sha256", DIGEST, "unknown key; known: credit, kind, licence, path, "),
     ("datasets.digits.sizes", 4, "unknown key; did you mean 'size'?"),
     ("datasets.digits.split.sed", 4, "unknown key; did you mean 'seed'?"),
@@ -225,9 +227,12 @@ WRONG: list[tuple[str, Any, str]] = [
     ("datasets.digits.channels", 2, "input should be 1 or 3, got 2"),
     ("datasets.digits.format", "cvs", "input should be 'csv' or 'folder', got 'cvs'"),
     ("sources.wheel.redistributable", "perhaps", "input should be a valid boolean"),
-    ("sources.wheel.sha256", "abc", "string should match pattern"),
-    ("sources.wheel.package", "some-data", "string should match pattern"),
-    ("sources.wheel.package", "--index-url http://x==1", "string should match pattern"),
+    ("sources.wheel.wheels[0].sha256", "abc", "string should match pattern"),
+    ("sources.wheel.wheels[1].python", 3.1, "input should be a valid string, got 3.1"),
+    ("sources.wheel.wheels[1].platform", "--index-url x", "string should match pattern"),
+    ("sources.wheel.wheels", [], "list should have at least 1 item"),
+    ("sources.wheel.wheels[0].package", "some-data", "string should match pattern"),
+    ("sources.wheel.wheels[0].package", "--index-url http://x==1", "string should match pattern"),
     ("sources.file.url", "example.org/a.zip", "string should match pattern"),
     ("students.small", 3, "must be a mapping, got 3"),
     ("students.small", None, "must be a mapping, got None"),
@@ -263,6 +268,8 @@ WRONG: list[tuple[str, Any, str]] = [
 
 
 ELSEWHERE: list[tuple[str, Any, str]] = [
+    ("sources.wheel.wheels[0].python", "3.11", "sources.wheel.wheels[0]: 'python' and 'platform' go together"),
+    ("sources.wheel.wheels[1].python", ABSENT, "sources.wheel.wheels[1]: 'python' and 'platform' go together"),
     ("teachers.large.from", TAKEN, "teachers.large: needs either 'network' (it is trained here) or 'from' "),
     ("teachers.large.network", ABSENT, "teachers.large: needs either 'network' (it is trained here) or 'from' "),
     ("datasets.digits.classes", ["a", "b", "a"], "datasets.digits: 'classes' names a class twice"),
@@ -401,6 +408,9 @@ def known_keys(raw: dict[str, Any]) -> list[Keys]:
             for key, inner in value.items():
                 found.append((*path, key))
                 walk(inner, (*path, key))
+        elif isinstance(value, list):
+            for index, inner in enumerate(value):
+                walk(inner, (*path, index))
 
     for section, entries in raw.items():
         for name, entry in entries.items() if isinstance(entries, dict) else ():
@@ -437,7 +447,7 @@ def test_a_misspelt_key_is_answered_with_the_right_one(case: tuple[str, Keys, st
         return
     place[wrong] = place.pop(right)
     found = mistakes(raw)
-    above = "".join(f"{step}." for step in path[:-1])
+    above = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, path[:-1]))) + "."
     if len(path) == 1:
         assert f"{wrong}: unknown section; did you mean '{right}'?" in found
     elif (len(path) == 3 and right in ("task", "kind", "method")) or path[-2:] == ("network", "name"):
