@@ -1,6 +1,7 @@
 """Segmentation: mIoU, IoU of every class, pixel accuracy, boundary F-score, and mIoU of disturbed images."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -194,4 +195,4 @@ def darken(images: Tensor, factor: float, start: int = 0) -> Tensor:
     return images * factor
 
 
-DISTURBANCES = {"noise": add_noise, "blur": blur, "darkness": darken}
+DISTURBANCES: dict[str, Callable[[Tensor, float, int], Tensor]] = {"noise": add_noise, "blur": blur, "darkness": darken}
