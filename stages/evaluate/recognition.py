@@ -1,6 +1,5 @@
 """Recognition: top-1, per-class accuracy, Recall@K of the embedding, calibration."""
 
-import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -9,19 +8,11 @@ from torch import Tensor, nn
 
 from data import recognition as data
 from models.artifacts import Description
+from stages.evaluate.result import Result
 from stages.parameters.recognition import Task
 
 RECALL_AT = (1, 2, 4, 8)
 BINS = 15
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One model on one split: scalars, a row per sample, a row per class."""
-
-    metrics: dict[str, float]
-    samples: pd.DataFrame
-    classes: pd.DataFrame
 
 
 def evaluate(network: nn.Module, description: Description, prepared: Path, split: str, settings: Task) -> Result:

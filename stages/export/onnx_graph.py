@@ -14,7 +14,7 @@ FILE = "model.onnx"
 def write_onnx(
     graph: nn.Module, example: np.ndarray, input_name: str, output_names: tuple[str, ...], path: Path
 ) -> None:
-    """Export with a dynamic first dimension.
+    """Export with a dynamic first dimension; all others are constants, and that they are is no cause for a warning.
 
     The exporter of TorchScript days is used on purpose: it takes 0.3 s where the newer one takes 5, and writes no
     stack traces, hence the same bytes on every machine.
@@ -24,6 +24,7 @@ def write_onnx(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         torch.onnx.export(
             graph.eval(),
             (torch.from_numpy(example),),
@@ -43,10 +44,3 @@ def session(path: Path, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def infer(runtime: Any, inputs: np.ndarray, batch: int = 256) -> list[np.ndarray]:
-    """All outputs over all inputs, batch by batch."""
-    name = runtime.get_inputs()[0].name
-    parts = [runtime.run(None, {name: inputs[start : start + batch]}) for start in range(0, len(inputs), batch)]
-    return [np.concatenate(output) for output in zip(*parts, strict=True)]

@@ -97,12 +97,14 @@ class Dataset(shared.Dataset):
 
 
 class ResNet(Section):
-    """A ResNet encoder at stride 8: one stage per entry of `widths`, the last two dilated by 2 and 4.
+    """A ResNet encoder at stride 8: one stage per entry of `widths`, the last two dilated by 2 and 4 (the first block
+    of each by half of that).
 
     `widths` are those of the stages' outputs; bottleneck blocks compute at a quarter of them. `stem: deep` is three 3x3
     convolutions ("v1c"), `wide` one 7x7 as in torchvision. Both reduce by 4; `light` (two 3x3) reduces by 2, and the
     stages then by 4, for small images.
-    `weights` is a local file with torchvision's state_dict for this encoder, `sha256` its digest.
+    `weights` is a local file with torchvision's state_dict for this encoder (its stem is `wide`), `sha256` its digest;
+    pixels are then normalised as for that file, with the mean and spread of ImageNet.
     """
 
     name: Literal["resnet"]
@@ -110,7 +112,8 @@ class ResNet(Section):
     blocks: Annotated[list[Positive], Field(min_length=4, max_length=4)] = [1, 1, 1, 1]
     block: Literal["basic", "bottleneck"] = "basic"
     stem: Literal["deep", "wide", "light"] = "light"
-    weights: str | None = None
+    # A path belongs to one machine: it enters no description of a model, and no digest.
+    weights: Annotated[str | None, Field(exclude=True)] = None
     sha256: shared.Sha256 | None = None
 
     @model_validator(mode="after")
@@ -169,9 +172,9 @@ class Augment(Section):
 
 
 class Training(shared.Training):
-    """SGD with momentum; the rate falls as (1 - t)^power down to `floor`.
+    """SGD with momentum; the rate falls as (1 - t)^power from `learning_rate` to `floor`.
 
-    `freeze_norm` keeps the statistics of BatchNorm as loaded, for batches of few images.
+    `auxiliary` is the weight of the auxiliary head's loss.
     """
 
     epochs: Positive = 20
@@ -190,6 +193,12 @@ class Training(shared.Training):
     precision: Literal["32-true", "64-true", "bf16-mixed"] = "32-true"
     augment: Augment = Augment()
 
+    @model_validator(mode="after")
+    def _falling(self) -> "Training":
+        if self.floor > self.learning_rate:
+            raise ValueError(f"'floor' ({self.floor:g}) must not exceed 'learning_rate' ({self.learning_rate:g})")
+        return self
+
 
 class Outside(shared.Outside):
     """`mean` and `std` are what its pixels in [0, 1] are normalised with; the data set's own by default."""
@@ -197,6 +206,12 @@ class Outside(shared.Outside):
     network: Network
     mean: list[float] | None = None
     std: list[Rate] | None = None
+
+    @model_validator(mode="after")
+    def _one_file(self) -> "Outside":
+        if self.network.encoder.weights is not None:
+            raise ValueError("'file' holds all weights: 'network.encoder' takes no 'weights' of its own")
+        return self
 
 
 class Teacher(shared.Teacher):

@@ -17,6 +17,7 @@ from models import recognition as models
 from models.artifacts import Description, read_outside_state
 from stages.parameters.recognition import AnyStudent, Network, Outside, Teacher, Training
 from stages.training import Context, Run, Stream, Task, Views, derive_seed
+from stages.training.existing import load_weights, normalisation, require_same_question
 
 RESIZE = "bicubic with antialiasing, clamped to [0, 1]"
 Taught = tuple[nn.Module, Description]
@@ -47,11 +48,6 @@ class Recognition(Task):
     ) -> None:
         description = data.describe(prepared)
         mean, std = normalise or (description["mean"], description["std"])
-        if not len(mean) == len(std) == description["channels"]:
-            raise UserError(
-                f"the images of {prepared.name!r} have {description['channels']} channels, but mean has {len(mean)} "
-                f"values and std {len(std)} · correct `from`"
-            )
         self.network = network.model_dump(mode="json")
         self.interface = {
             "classes": description["classes"],
@@ -144,15 +140,8 @@ class Recognition(Task):
 
 def _compatible(teacher: Description, dataset: dict[str, Any], prepared: Path) -> int:
     """The resolution that a teacher wants, once it is clear that it answers the same question."""
+    require_same_question(teacher, dataset, prepared)
     interface = teacher.interface
-    for field in ("classes", "channels"):
-        if interface[field] != dataset[field]:
-            theirs, ours = interface[field], dataset[field]
-            counts = f"{len(theirs)} against {len(ours)} classes: " if field == "classes" else ""
-            raise UserError(
-                f"teacher {teacher.name!r} and the student's data set {prepared.name!r} differ in {field}: "
-                f"{counts}{theirs} and {ours} · choose a teacher that was made for this data set"
-            )
     if interface["resolution"] > dataset["size"]:
         raise UserError(
             f"teacher {teacher.name!r} wants images of {interface['resolution']} pixels, those of {prepared.name!r} "
@@ -171,22 +160,11 @@ def adopt(task: Recognition, outside: Outside) -> None:
     state = read_outside_state(expand_path(outside.file, "from.file"), outside.sha256)
     if isinstance(task.student, models.TorchvisionNetwork):
         state = {task.student.own_key(key): value for key, value in state.items()}
-    own = task.student.state_dict()
-    wrong = [
-        f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the network"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    # Files from before 2018 do not count batches; nothing depends on the count.
-    wrong += [f"{key}: missing in the file" for key in own if key not in state and "num_batches_tracked" not in key]
-    wrong += [f"{key}: unknown to the network" for key in state if key not in own]
-    if wrong:
-        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(
-            f"{outside.file} does not fit the network {outside.network.model_dump()} with "
-            f"{len(task.interface['classes'])} classes:\n  " + "\n  ".join(wrong[:5]) + more
-        )
-    task.student.load_state_dict(state, strict=False)
+    what = (
+        f"{outside.file} does not fit the network {outside.network.model_dump()} with "
+        f"{len(task.interface['classes'])} classes"
+    )
+    load_weights(task.student, state, what)
 
 
 def for_teacher(entry: Teacher, prepared: Path, run: Run) -> Recognition:
@@ -195,7 +173,7 @@ def for_teacher(entry: Teacher, prepared: Path, run: Run) -> Recognition:
     outside = entry.outside
     if outside is None:
         return Recognition(prepared, cast(Network, entry.network), description["size"], entry.training, run)
-    normalise = (outside.mean or description["mean"], outside.std or description["std"])
+    normalise = normalisation(outside, description, prepared)
     task = Recognition(
         prepared, outside.network, description["size"], entry.training, run, normalise=normalise, trains=False
     )

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from data.errors import UserError
-from models.recognition import Normalise, Output, ResNet, TorchvisionNetwork, build
+from models.layers import Normalise
+from models.recognition import Output, ResNet, TorchvisionNetwork, build
 
 ROOT = Path(__file__).resolve().parents[2]
 MEAN, STD = (0.2, 0.5, 0.7), (0.3, 0.1, 0.4)

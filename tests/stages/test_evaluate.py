@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from data.files import write_json
 from models.artifacts import Description
 from models.recognition import Output
-from stages.evaluate.recognition import BINS, RECALL_AT, Result, evaluate, expected_calibration_error, same_class_rank
+from stages.evaluate.recognition import BINS, RECALL_AT, evaluate, expected_calibration_error, same_class_rank
+from stages.evaluate.result import Result
 from stages.parameters.recognition import Task
 
 

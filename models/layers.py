@@ -1,0 +1,74 @@
+"""Layers that networks of several tasks are made of."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Normalise(nn.Module):
+    """(images - mean) / std per channel. The numbers stand in the model's description, not among its weights."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1]."""
+        return (images - self.mean) / self.std
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, "Deep residual learning", figure 2).
+
+    The first convolution is the one that reduces or, in networks for dense prediction, is dilated.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int, dilation: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, dilation, dilation, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = shortcut(channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to (B, width, H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1 to a quarter of the width, 3x3, 1x1 back, and a shortcut (He et al. 2016, figure 5).
+
+    The 3x3 convolution is the one that reduces or is dilated, as in torchvision.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int, dilation: int = 1) -> None:
+        super().__init__()
+        narrow = width // 4
+        self.conv1 = nn.Conv2d(channels, narrow, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(narrow)
+        self.conv2 = nn.Conv2d(narrow, narrow, 3, stride, dilation, dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(narrow)
+        self.conv3 = nn.Conv2d(narrow, width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.shortcut = shortcut(channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to (B, width, H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
+def shortcut(channels: int, width: int, stride: int) -> nn.Module:
+    """What a residual block adds: its input, or a 1x1 projection where the shape changes."""
+    if stride == 1 and channels == width:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
