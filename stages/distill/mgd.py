@@ -54,6 +54,6 @@ class Learner(FeatureMethod):
         aligned, masked = adapter.align(student), self._parameters.masked
         if masked:
             shape = (len(aligned), 1, *aligned.shape[2:])
-            uniform = torch.rand(shape, generator=context.generator("mask"), device=aligned.device)
+            uniform = torch.rand(shape, dtype=torch.float32, device=aligned.device, generator=context.generator("mask"))
             aligned = aligned * keep(uniform, masked).to(aligned.dtype)
         return generation_loss(adapter(aligned), teacher)
