@@ -2,12 +2,30 @@
 
 `Method` (method.py) is the interface; its docstring says how each of the five methods uses it. `train` (loop.py)
 drives it: checkpoints, exact resumption, records, progress. `Run` (run.py) is the only code that knows Fabric.
+`FeatureMethod` (features.py) is what methods have in common that compare feature maps of two networks.
 """
 
+from stages.training.features import Align, FeatureMethod, Generator, channel_divergence, widen
 from stages.training.loop import Stopped, train
 from stages.training.method import Context, Method, evaluating
 from stages.training.run import Run
 from stages.training.streams import Stream, derive_seed
 from stages.training.task import Task, Views
 
-__all__ = ["Context", "Method", "Run", "Stopped", "Stream", "Task", "Views", "derive_seed", "evaluating", "train"]
+__all__ = [
+    "Align",
+    "Context",
+    "FeatureMethod",
+    "Generator",
+    "Method",
+    "Run",
+    "Stopped",
+    "Stream",
+    "Task",
+    "Views",
+    "channel_divergence",
+    "derive_seed",
+    "evaluating",
+    "train",
+    "widen",
+]
