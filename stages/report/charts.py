@@ -1,4 +1,4 @@
-"""Drawings as SVG inside the page: lines over training steps, and who learns from whom. Colours come from the style."""
+"""Drawings as SVG inside the page: lines over steps or strengths, who learns from whom. Colours come from the style."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +23,15 @@ class Scale:
     low: float
     high: float
     ticks: list[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The horizontal axis, which starts at 0: places that are labelled, where it ends, and what it is."""
+
+    ticks: list[tuple[float, str]]
+    last: float
+    label: str
 
 
 @dataclass(frozen=True)
@@ -75,19 +84,23 @@ def loss_scale(values: np.ndarray) -> Scale:
     return logarithmic(values) if values.min() > 0 and values.max() >= 10 * values.min() else linear(values)
 
 
-def lines(
-    series: Mapping[int, tuple[np.ndarray, np.ndarray]], scale: Scale, last_step: float, description: str
-) -> Html:
-    """Curves over training steps.
+def steps(last: float) -> Axis:
+    """Training steps."""
+    step = max(_step(last), 1)
+    ticks = [(index * step, f"{index * step:,.0f}") for index in range(int(last // step) + 1)]
+    return Axis(ticks, max(last, 1), "training step")
+
+
+def lines(series: Mapping[int, tuple[np.ndarray, np.ndarray]], scale: Scale, axis: Axis, description: str) -> Html:
+    """Curves.
 
     Args:
-        series: steps and values, by the number that gives colour and dashes.
-        last_step: where the horizontal axis ends.
+        series: places on the horizontal axis and values, by the number that gives colour and dashes.
     """
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
-    def x(step: float) -> float:
-        return LEFT + (right - LEFT) * step / max(last_step, 1)
+    def x(place: float) -> float:
+        return LEFT + (right - LEFT) * place / axis.last
 
     def y(value: float) -> float:
         return bottom - (bottom - TOP) * (scale.place(value) - scale.low) / (scale.high - scale.low)
@@ -96,13 +109,11 @@ def lines(
     for value, text in scale.ticks:
         parts.append(tag("line", x1=LEFT, x2=right, y1=f"{y(value):.1f}", y2=f"{y(value):.1f}", class_="grid"))
         parts.append(tag("text", text, x=LEFT - 7, y=f"{y(value) + 4:.1f}", text_anchor="end", class_="soft"))
-    step = max(_step(last_step), 1)
-    for index in range(int(last_step // step) + 1):
-        at = f"{x(index * step):.1f}"
-        parts.append(tag("text", f"{index * step:,.0f}", x=at, y=bottom + 17, text_anchor="middle", class_="soft"))
-    parts.append(tag("text", "training step", x=right, y=HEIGHT - 4, text_anchor="end", class_="soft"))
-    for number, (steps, values) in series.items():
-        points = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(*thin(steps, values), strict=True)]
+    for place, text in axis.ticks:
+        parts.append(tag("text", text, x=f"{x(place):.1f}", y=bottom + 17, text_anchor="middle", class_="soft"))
+    parts.append(tag("text", axis.label, x=right, y=HEIGHT - 4, text_anchor="end", class_="soft"))
+    for number, (places, values) in series.items():
+        points = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(*thin(places, values), strict=True)]
         kind = f"line s{number % SERIES}"
         if len(points) == 1:
             points *= 2
