@@ -12,6 +12,8 @@ SERIES = 8
 POINTS = 160
 WIDTH, HEIGHT = 360, 224
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 36
+# About how wide a character is, in the text of charts and in bold.
+CHARACTER, BOLD = 6.8, 8.2
 SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 
 
@@ -88,7 +90,9 @@ def steps(last: float) -> Axis:
     """Training steps."""
     step = max(_step(last), 1)
     ticks = [(index * step, f"{index * step:,.0f}") for index in range(int(last // step) + 1)]
-    return Axis(ticks, max(last, 1), "training step")
+    room = (WIDTH - LEFT - RIGHT) * step / max(last, 1)
+    every = math.ceil((CHARACTER * len(ticks[-1][1]) + 8) / room)
+    return Axis(ticks[::every], max(last, 1), "training step")
 
 
 def lines(series: Mapping[int, tuple[np.ndarray, np.ndarray]], scale: Scale, axis: Axis, description: str) -> Html:
@@ -166,8 +170,8 @@ def chain(nodes: Sequence[Node], description: str) -> Html:
     for node in nodes:
         if parents[node.name] is None:
             free = settle(node.name, free)
-    width = max(150, max(round(7.3 * len(line)) for node in nodes for line in node.lines) + 28)
-    gap = max(80, max(round(6.8 * len(node.label)) for node in nodes) + 34)
+    width = max(150, max(round(BOLD * len(line)) for node in nodes for line in node.lines) + 28)
+    gap = max(80, max(round(CHARACTER * len(node.label)) for node in nodes) + 34)
     high, between = 66, 20
 
     def corner(name: str) -> tuple[int, int]:

@@ -200,7 +200,7 @@ svg .head { fill: var(--soft); }
 .views img.pixels { image-rendering: pixelated; }
 .scenes { display: grid; gap: .9rem; }
 .maps { display: flex; flex-wrap: wrap; gap: .7rem; }
-.maps div { width: 160px; font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; }
+.maps div { width: min(176px, calc(50% - .35rem)); font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; }
 .maps b { color: var(--text); font-variant-numeric: tabular-nums; }
 .maps img { display: block; max-width: 100%; height: auto; margin-bottom: .3rem; border-radius: 2px; }
 .maps img.pixels { image-rendering: pixelated; }

@@ -17,7 +17,7 @@ COLOURS = (
 )
 WRONG = (224, 49, 49)
 # Of an image under an error map, that its marks stand out: grey, from black to this share of white, plus that share.
-DIM, LIFT = 0.45, 0.35
+DIM, LIFT = 0.6, 0.25
 
 
 def source(picture: "Image") -> str:

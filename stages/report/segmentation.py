@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 MAIN_METRIC = "miou"
 WORSE = {
-    "noise": "standard deviation of the noise that is added to pixels in [0, 1]",
-    "blur": "standard deviation of the blur, in pixels",
+    "noise": "standard deviation, of pixels in [0, 1]",
+    "blur": "standard deviation, in pixels",
     "darkness": "what pixels are multiplied with",
 }
 LEVELS = (1, 2, 3)
@@ -34,7 +34,7 @@ METRICS = {
 
 DIFFERENT, OTHERS = 4, 2
 # Pixels across a picture on the page, and at most inside the file.
-SHOWN, KEPT = 160, 320
+SHOWN, KEPT = 176, 352
 
 
 def size(interface: dict[str, Any]) -> str:
@@ -46,7 +46,7 @@ def size(interface: dict[str, Any]) -> str:
 def figures(group: Group) -> list[tuple[str, Html]]:
     """Sections of this task."""
     by_class = sections.by_class(group, "iou", "pixels", "Test IoU in per cent; a dash: neither there nor found.")
-    return [("Test images", images(group)), ("IoU by class", by_class), ("Worse images", robustness(group))]
+    return [("Test images", images(group)), ("IoU by class", by_class), ("Noise, blur and darkness", robustness(group))]
 
 
 def images(group: Group) -> Html:
@@ -173,7 +173,7 @@ def robustness(group: Group) -> Html:
                 series, scale, charts.Axis(ticks, float(len(LEVELS)), kind), f"test mIoU under {kind}: {who}"
             )
             drawn.append(tag("figure", tag("figcaption", tag("b", kind), f": {meaning}"), drawing))
-    said = "Test mIoU in per cent as images get worse; no model saw such images in training unless its entry says so."
+    said = "Test mIoU in per cent, by how much an image was worsened; `tasks` in params.yaml sets the strengths."
     return join(
         [
             charts.legend([model.name for model in group.models]),
@@ -193,7 +193,8 @@ def _figure(tables: dict[str, pd.DataFrame], model: str, name: str) -> Html | No
     """The mIoU of a model on one image."""
     if model not in tables or name not in tables[model].index:
         return None
-    return tag("b", f" {100 * tables[model].loc[name, 'miou']:.1f}")
+    value: Any = tables[model].loc[name, "miou"]
+    return tag("b", f" {100 * value:.1f}")
 
 
 def _column(caption: object, *views: Html) -> Html:
@@ -206,9 +207,7 @@ def _view(picture: Any, description: str) -> Html:
 
     if picture.width > KEPT:
         kind = Image.Resampling.NEAREST if picture.mode == "P" else Image.Resampling.BOX
-        reduced = picture.resize((KEPT, max(1, round(KEPT * picture.height / picture.width))), kind)
-        reduced.info.update(picture.info)
-        picture = reduced
+        picture = picture.resize((KEPT, max(1, round(KEPT * picture.height / picture.width))), kind)
     height = max(1, round(SHOWN * picture.height / picture.width))
     few = "pixels" if picture.width <= SHOWN else None
     return tag(

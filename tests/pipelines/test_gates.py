@@ -354,6 +354,9 @@ def test_evaluated(project: Small) -> None:
     assert not gates.evaluated(TASK, weights, samples.iloc[1:], manifest).passed
     assert not gates.evaluated(TASK, weights, samples.assign(label=0), manifest).passed
     assert not gates.evaluated(TASK, weights, samples, manifest[manifest["split"] != "test"]).passed
+    maps = samples.drop(columns="label")
+    assert gates.evaluated(TASK, weights, maps, manifest.drop(columns="label")).passed
+    assert not gates.evaluated(TASK, weights, maps.iloc[1:], manifest).passed
     Path(f"reports/evaluation/{TASK}/models.json").unlink()
     assert not gates.evaluated(TASK, weights, samples, manifest).passed
     assert digest(weights) in gates.evaluated(TASK, weights, samples, manifest).sentence
@@ -394,6 +397,11 @@ def test_the_digest_of_test_data_moves_with_it_alone(project: Small) -> None:
     other.loc[other.index[-1], "label"] = 2
     assert digest_of_test(other) != before
     assert digest_of_test(manifest.iloc[:-1]) != before
+    # Where a label is a map, its own digest stands for it.
+    maps = manifest.drop(columns="label").assign(labels_sha256="a")
+    moved = maps.assign(labels_sha256=["a"] * (len(maps) - 1) + ["b"])
+    assert digest_of_test(moved) != digest_of_test(maps) == digest_of_test(maps.assign(ignored=0.5))
+    assert digest_of_test(maps) != before
 
 
 # Records

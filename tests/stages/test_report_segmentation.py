@@ -200,7 +200,7 @@ def test_classes_and_metrics() -> None:
     report.main(TASK)
     page = Path("reports/index.html").read_text(encoding="utf-8")
     text = Reader(page).text
-    for wanted in (*CLASSES, "pixel accuracy", "noise 3", "0.125", "0.75", "IoU by class"):
+    for wanted in (*CLASSES, "pixel accuracy", "noise 3", "0.125", "0.75", "IoU by class", "Noise, blur"):
         assert wanted in text
     assert "boundary F" not in text  # no model has it here
     row = re.search(r'<tr><th scope="row">never</th>(.*?)</tr>', page)
@@ -273,13 +273,16 @@ def test_where_teacher_and_alone_differ_most_comes_first() -> None:
     rest = [name for name in sorted(ids, key=digest) if name not in chosen[: segmentation.DIFFERENT]]
     assert chosen[segmentation.DIFFERENT :] == rest[: segmentation.OTHERS]
     assert segmentation.choose(found, {}, ids) == sorted(ids, key=digest)[: len(chosen)]
+    # In either direction.
+    by_name[f"{TASK}-teacher"].loc[ids[7], "miou"], by_name[f"{TASK}-alone"].loc[ids[7], "miou"] = 0, 1
+    assert segmentation.choose(found, by_name, ids)[0] == ids[7]
 
 
 def test_large_images_are_reduced_in_the_file() -> None:
     labels = np.zeros((400, 700), dtype=np.uint8)
     labels[:, 350:], labels[:100] = 2, 255
     (seen,) = shown(segmentation._view(pictures.class_map(labels, 4), "x")).values()
-    assert seen.shape == (round(320 * 4 / 7), 320, 4)
+    assert seen.shape == (round(352 * 4 / 7), 352, 4)
     assert not seen[:40, :, 3].any()
     assert seen[-1, 0, :3].tolist() == rgb(0)
     assert seen[-1, -1, :3].tolist() == rgb(2)

@@ -38,7 +38,8 @@ def table(truth: np.ndarray, prediction: np.ndarray, classes: int = CLASSES) -> 
     """A row per image, as reports/evaluation has it."""
     rows = []
     for index, (one, other) in enumerate(zip(truth, prediction, strict=True)):
-        known, row = one != 255, {"id": f"id-{index}"}
+        known = one != 255
+        row: dict[str, object] = {"id": f"id-{index}"}
         for label in range(classes):
             row[f"intersection_{label}"] = int((known & (one == label) & (other == label)).sum())
             row[f"union_{label}"] = int((known & ((one == label) | (other == label))).sum())
@@ -82,7 +83,7 @@ def test_absent_classes_are_left_out_of_the_mean() -> None:
 def test_columns_are_in_the_order_of_classes() -> None:
     samples = pd.DataFrame({f"{kind}_{label}": [label] for label in range(12) for kind in ("union", "intersection")})
     found = segmentation.statistics(samples.assign(id="x", miou=0.5), "miou")
-    assert found.loc["x"].tolist() == [*range(12), *range(12)]
+    assert found.to_numpy().tolist()[0] == [*range(12), *range(12)]
 
 
 def test_scores_of_recognition() -> None:
