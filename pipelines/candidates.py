@@ -132,7 +132,8 @@ def weights(task: str, parameters: Parameters) -> dict[str, str]:
 def digest_of_test(manifest: pd.DataFrame) -> str:
     """Digest of the test samples: name, label and content of each, whatever their order."""
     rows = manifest[manifest["split"] == "test"].sort_values("id")
-    text = rows[["id", "label", "sha256"]].to_csv(index=False, lineterminator="\n")
+    columns = [name for name in rows.columns if name in ("id", "label") or name.endswith("sha256")]
+    text = rows[columns].to_csv(index=False, lineterminator="\n")
     return hashlib.sha256(text.encode()).hexdigest()
 
 

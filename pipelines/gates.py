@@ -16,11 +16,11 @@ import pandas as pd
 from data.files import digest, sha256
 from stages import paths
 from stages.parameters.shared import Gates, LatencyBudget, ParityBudget
+from stages.scores import Scores, bootstrap, comparable
 
 WEIGHTS, ONNX, DESCRIPTION, RECORD = "weights.safetensors", "model.onnx", "model.json", "record.jsonl"
 # Bounds and shares are sums of tenths and hundredths in floating point: a tie is a pass.
 ROUNDING = 1e-9
-CHUNK, FEW_VALUES = 4_000_000, 20
 
 
 @dataclass(frozen=True)
@@ -54,64 +54,45 @@ def refused(checks: list[Check]) -> list[Check]:
     return [check for check in checks if not check.passed and not check.advisory]
 
 
-def bootstrap_means(gap: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(resamples,) means of samples drawn with replacement from (N,) values.
+def not_worse(name: str, ours: Scores, theirs: Scores, other: str, gates: Gates) -> Check:
+    """Not worse than another model by more than `gates.delta`, on the same test samples.
 
-    Where values repeat, as differences of zeros and ones do, how often each value is drawn is multinomial: the same
-    distribution from three columns instead of N.
+    What decides is the lower end of the one-sided percentile interval of the difference, by a bootstrap that draws the
+    same samples for both models.
     """
-    values, counts = np.unique(gap, return_counts=True)
-    few = len(values) <= FEW_VALUES
-    generator = np.random.default_rng(seed)
-    rows = max(1, CHUNK // (len(values) if few else len(gap)))
-    parts = []
-    for start in range(0, resamples, rows):
-        count = min(rows, resamples - start)
-        if few:
-            parts.append(generator.multinomial(len(gap), counts / len(gap), size=count) @ values / len(gap))
-        else:
-            parts.append(gap[generator.integers(len(gap), size=(count, len(gap)))].mean(axis=1))
-    return np.concatenate(parts)
-
-
-def lower_bound(gap: np.ndarray, confidence: float, resamples: int, seed: int) -> float:
-    """Lower end of the one-sided bootstrap interval (percentile) of the mean of (N,) paired differences."""
-    return float(np.quantile(bootstrap_means(gap, resamples, seed), 1 - confidence))
-
-
-def not_worse(name: str, ours: pd.Series, theirs: pd.Series, other: str, gates: Gates) -> Check:
-    """Not worse than another model by more than `gates.delta`, sample by sample.
-
-    Args:
-        ours, theirs: the score of every test sample, by id.
-    """
-    figures: dict[str, Any] = {"other": other, "samples": len(ours), "delta": gates.delta}
-    if len(ours) == 0 or len(ours) != len(theirs) or set(ours.index) != set(theirs.index):
-        common = len(set(ours.index) & set(theirs.index))
+    samples, others = len(ours.statistics), len(theirs.statistics)
+    figures: dict[str, Any] = {"other": other, "samples": samples, "delta": gates.delta}
+    if samples == 0 or not comparable(ours, theirs):
+        common = len(set(ours.statistics.index) & set(theirs.statistics.index))
         return Check(
             name,
             False,
-            f"evaluated on different test samples ({len(ours)}, and {len(theirs)} of {other}, {common} in common) · "
+            f"evaluated on different test samples ({samples}, and {others} of {other}, {common} in common) · "
             "run `dvc repro` so that both are evaluated on the same data",
-            {**figures, "other_samples": len(theirs), "common": common},
+            {**figures, "other_samples": others, "common": common},
         )
-    gap = (ours - theirs.reindex(ours.index)).to_numpy(dtype=float)
-    bound = lower_bound(gap, gates.confidence, gates.resamples, gates.seed)
+    theirs = theirs.in_order_of(ours)
+    resampled = bootstrap([ours, theirs], gates.resamples, gates.seed)
+    bound = float(np.quantile(resampled[0] - resampled[1], 1 - gates.confidence))
+    # The figure of every sample for itself: how often one model is better, however much.
+    one_by_one = ours.figure(ours.rows), theirs.figure(theirs.rows)
+    difference = ours.value - theirs.value
     figures |= {
-        "score": float(ours.mean()),
-        "other_score": float(theirs.mean()),
-        "difference": float(gap.mean()),
+        "score": ours.value,
+        "other_score": theirs.value,
+        "difference": difference,
         "lower_bound": bound,
         "confidence": gates.confidence,
         "resamples": gates.resamples,
         "seed": gates.seed,
-        "only_ours_right": int((gap > 0).sum()),
-        "only_other_right": int((gap < 0).sum()),
+        "samples_better": int((one_by_one[0] > one_by_one[1]).sum()),
+        "samples_worse": int((one_by_one[0] < one_by_one[1]).sum()),
     }
+    # Written so that NaN does not pass.
     passed = bound >= -gates.delta - ROUNDING
     sentence = (
-        f"{_percent(ours.mean())} against {_percent(theirs.mean())} of {other} on {len(ours):,} test samples: "
-        f"difference {100 * gap.mean():+.2f} points, at {100 * gates.confidence:g} % no lower than {100 * bound:+.2f} "
+        f"{_percent(ours.value)} against {_percent(theirs.value)} of {other} on {samples:,} test samples: "
+        f"difference {100 * difference:+.2f} points, at {100 * gates.confidence:g} % no lower than {100 * bound:+.2f} "
         f"({'within' if passed else 'beyond'} the {100 * gates.delta:g} points that it may be worse)"
     )
     return Check(name, passed, sentence, figures)
@@ -307,7 +288,7 @@ def evaluated(task: str, weights: Mapping[str, str], samples: pd.DataFrame, mani
 
     Args:
         weights: sha256 by model, every model of the task, in the order of params.yaml.
-        samples: the student's test samples with id and label. manifest: of the prepared data.
+        samples: the student's test samples. manifest: of the prepared data.
     """
     repair = f"run `dvc repro evaluate@{task}`"
     measured = evaluated_weights(task)
@@ -317,9 +298,11 @@ def evaluated(task: str, weights: Mapping[str, str], samples: pd.DataFrame, mani
         return Check(
             "evaluated", False, f"models changed since they were evaluated ({found}, now {wanted}) · {repair}", figures
         )
-    today = manifest[manifest["split"] == "test"].set_index("id")["label"]
-    then = samples.set_index("id")["label"]
-    if not then.sort_index().astype(str).equals(today.sort_index().astype(str)):
+    # A label per sample is compared too; a map of labels stands in neither table.
+    known = [name for name in ("id", "label") if name in manifest and name in samples]
+    today = manifest.loc[manifest["split"] == "test", known].astype(str)
+    then = samples[known].astype(str)
+    if sorted(map(tuple, then.to_numpy())) != sorted(map(tuple, today.to_numpy())):
         said = f"the figures are of other test data ({len(then)} samples, now {len(today)}) · {repair}"
         return Check("evaluated", False, said, figures)
     return Check("evaluated", True, "the figures are of these weights on today's test data", figures)

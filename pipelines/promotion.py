@@ -5,6 +5,7 @@ tag and alias leaves a name too many at its end; `history` leaves it out, so tha
 """
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from pipelines.registry import CHALLENGER, CHAMPION, SAMPLES, TAG_LENGTH, aliase
 from stages import paths
 from stages.parameters import Parameters, load, select
 from stages.parameters.shared import Gates, Student
+from stages.scores import Scores, scores
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -131,29 +133,28 @@ def examine(
     samples = samples_of_test(task, name)
     registered = {key: challenger.tags[key] for key in ("weights_sha256", "onnx_sha256")}
     registered["stored_onnx_sha256"] = sha256(kept / gates.ONNX)
-    scores = task_module(task).scores
-    ours = scores(samples, settings.metric)
+    ours = scores(task, samples, settings.metric)
     checks = [
         gates.untampered(trained, exported, registered),
         gates.validated(task, entry.dataset, description["dataset"]["digest"]),
         gates.evaluated(task, weights(task, parameters), samples, today),
         _baseline(task, parameters, name, ours, settings),
         _champion(task, entry.dataset, ours, champion, settings, today),
-        _teacher(task, parameters, name, float(ours.mean()), description, settings),
+        _teacher(task, parameters, name, ours.value, description, settings),
         gates.parity(description, settings.parity),
         gates.latency(task, name, challenger.tags["onnx_sha256"], _measured(task), settings.latency),
         _signature(task, description, champion),
         gates.redistributable(description["sources"]),
         gates.clean(state.revision, state.changes),
     ]
-    return [check for check in checks if check is not None], float(ours.mean()) if len(ours) else None
+    return [check for check in checks if check is not None], None if math.isnan(ours.value) else ours.value
 
 
-def _baseline(task: str, parameters: Parameters, name: str, ours: pd.Series, settings: Gates) -> Check:
+def _baseline(task: str, parameters: Parameters, name: str, ours: Scores, settings: Gates) -> Check:
     """Against the same student without what its method adds."""
     entry = parameters.students[name]
     if entry.method == settings.baseline:
-        return Check("baseline", True, f"{name} is itself the baseline ({settings.baseline})", {"score": ours.mean()})
+        return Check("baseline", True, f"{name} is itself the baseline ({settings.baseline})", {"score": ours.value})
     others = [
         other
         for other, student in parameters.students.items()
@@ -166,7 +167,7 @@ def _baseline(task: str, parameters: Parameters, name: str, ours: pd.Series, set
         )
     # The nearest one: it shares most of its settings, network and resolution among them.
     chosen = max(others, key=lambda other: _alike(entry, parameters.students[other]))
-    theirs = task_module(task).scores(samples_of_test(task, chosen), settings.metric)
+    theirs = scores(task, samples_of_test(task, chosen), settings.metric)
     return gates.not_worse("baseline", ours, theirs, chosen, settings)
 
 
@@ -178,7 +179,7 @@ def _alike(one: Student, other: Student) -> int:
 def _champion(
     task: str,
     dataset: str,
-    ours: pd.Series,
+    ours: Scores,
     champion: "ModelVersion | None",
     settings: Gates,
     today: pd.DataFrame,
@@ -205,7 +206,7 @@ def _champion(
             return Check("champion", False, said, {"test_sha256": digest, "registered": champion.tags["test_sha256"]})
     else:
         table = pd.read_csv(kept / SAMPLES, dtype={"id": str}, keep_default_na=False, na_values=[""])
-    check = gates.not_worse("champion", ours, task_module(task).scores(table, settings.metric), label, settings)
+    check = gates.not_worse("champion", ours, scores(task, table, settings.metric), label, settings)
     figures = {**check.figures, "test_sha256": digest, "evaluated_again": moved}
     sentence = check.sentence + "; the champion was evaluated again, because the test data moved" * moved
     return Check(check.name, check.passed, sentence, figures)
@@ -231,8 +232,8 @@ def _teacher(
     if not comparable:
         return gates.teacher_share(score, None, None, settings.teacher_share)
     best = max(comparable, key=lambda teacher: comparable[teacher]["validation"].get(settings.metric, 0.0))
-    theirs = task_module(task).scores(samples_of_test(task, best), settings.metric)
-    return gates.teacher_share(score, float(theirs.mean()), best, settings.teacher_share)
+    theirs = scores(task, samples_of_test(task, best), settings.metric)
+    return gates.teacher_share(score, theirs.value, best, settings.teacher_share)
 
 
 def _signature(task: str, description: dict[str, Any], champion: "ModelVersion | None") -> Check:

@@ -1,1 +1,1 @@
-"""What the registry has to know of a task, one module each: how it scores a sample, and what a caller sends."""
+"""What the registry has to know of a task, one module each: what a caller sends, and how an ONNX file is evaluated."""

@@ -1,4 +1,4 @@
-"""Recognition: a test image is worth 1 where it is recognised, else 0; a caller sends raw images.
+"""Recognition: a caller sends raw images; a champion is evaluated again where the test data moved.
 
 `pipelines.serving.recognition` answers the caller.
 """
@@ -40,19 +40,6 @@ def example(description: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     shape = description["input"]["shape"][1:]
     return {"images": np.linspace(0, 255, int(np.prod(shape))).round().reshape(1, *shape)}
-
-
-def scores(samples: pd.DataFrame, metric: str) -> pd.Series:
-    """Score by id; their mean is the metric.
-
-    Args:
-        samples: rows of reports/evaluation, of one split. metric: `top_1` or `recall_at_1`.
-    """
-    if metric == "top_1":
-        return samples.set_index("id")["correct"].astype(float)
-    # As in evaluation: an image whose class has no other image asks no question.
-    comparable = samples[samples["same_class_rank"] > 0].set_index("id")
-    return (comparable["same_class_rank"] <= 1).astype(float)
 
 
 def evaluate(onnx: Path, description: Mapping[str, Any], prepared: Path) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """Compare the models of a task: a table on the terminal, and one page, reports/index.html, that needs no network.
 
-Not a stage: it holds times. It reads what the pipeline wrote, and trains and evaluates nothing.
+Not a stage: it holds times. It reads what the pipeline wrote, and trains nothing.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Drawings as SVG inside the page: lines over training steps, and who learns from whom. Colours come from the style."""
+"""Drawings as SVG inside the page: lines over steps or strengths, who learns from whom. Colours come from the style."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,8 @@ SERIES = 8
 POINTS = 160
 WIDTH, HEIGHT = 360, 224
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 36
+# About how wide a character is, in the text of charts and in bold.
+CHARACTER, BOLD = 6.8, 8.2
 SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 
 
@@ -23,6 +25,15 @@ class Scale:
     low: float
     high: float
     ticks: list[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The horizontal axis, which starts at 0: places that are labelled, where it ends, and what it is."""
+
+    ticks: list[tuple[float, str]]
+    last: float
+    label: str
 
 
 @dataclass(frozen=True)
@@ -75,19 +86,25 @@ def loss_scale(values: np.ndarray) -> Scale:
     return logarithmic(values) if values.min() > 0 and values.max() >= 10 * values.min() else linear(values)
 
 
-def lines(
-    series: Mapping[int, tuple[np.ndarray, np.ndarray]], scale: Scale, last_step: float, description: str
-) -> Html:
-    """Curves over training steps.
+def steps(last: float) -> Axis:
+    """Training steps."""
+    step = max(_step(last), 1)
+    ticks = [(index * step, f"{index * step:,.0f}") for index in range(int(last // step) + 1)]
+    room = (WIDTH - LEFT - RIGHT) * step / max(last, 1)
+    every = math.ceil((CHARACTER * len(ticks[-1][1]) + 8) / room)
+    return Axis(ticks[::every], max(last, 1), "training step")
+
+
+def lines(series: Mapping[int, tuple[np.ndarray, np.ndarray]], scale: Scale, axis: Axis, description: str) -> Html:
+    """Curves.
 
     Args:
-        series: steps and values, by the number that gives colour and dashes.
-        last_step: where the horizontal axis ends.
+        series: places on the horizontal axis and values, by the number that gives colour and dashes.
     """
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
-    def x(step: float) -> float:
-        return LEFT + (right - LEFT) * step / max(last_step, 1)
+    def x(place: float) -> float:
+        return LEFT + (right - LEFT) * place / axis.last
 
     def y(value: float) -> float:
         return bottom - (bottom - TOP) * (scale.place(value) - scale.low) / (scale.high - scale.low)
@@ -96,13 +113,11 @@ def lines(
     for value, text in scale.ticks:
         parts.append(tag("line", x1=LEFT, x2=right, y1=f"{y(value):.1f}", y2=f"{y(value):.1f}", class_="grid"))
         parts.append(tag("text", text, x=LEFT - 7, y=f"{y(value) + 4:.1f}", text_anchor="end", class_="soft"))
-    step = max(_step(last_step), 1)
-    for index in range(int(last_step // step) + 1):
-        at = f"{x(index * step):.1f}"
-        parts.append(tag("text", f"{index * step:,.0f}", x=at, y=bottom + 17, text_anchor="middle", class_="soft"))
-    parts.append(tag("text", "training step", x=right, y=HEIGHT - 4, text_anchor="end", class_="soft"))
-    for number, (steps, values) in series.items():
-        points = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(*thin(steps, values), strict=True)]
+    for place, text in axis.ticks:
+        parts.append(tag("text", text, x=f"{x(place):.1f}", y=bottom + 17, text_anchor="middle", class_="soft"))
+    parts.append(tag("text", axis.label, x=right, y=HEIGHT - 4, text_anchor="end", class_="soft"))
+    for number, (places, values) in series.items():
+        points = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(*thin(places, values), strict=True)]
         kind = f"line s{number % SERIES}"
         if len(points) == 1:
             points *= 2
@@ -155,8 +170,8 @@ def chain(nodes: Sequence[Node], description: str) -> Html:
     for node in nodes:
         if parents[node.name] is None:
             free = settle(node.name, free)
-    width = max(150, max(round(7.3 * len(line)) for node in nodes for line in node.lines) + 28)
-    gap = max(80, max(round(6.8 * len(node.label)) for node in nodes) + 34)
+    width = max(150, max(round(BOLD * len(line)) for node in nodes for line in node.lines) + 28)
+    gap = max(80, max(round(CHARACTER * len(node.label)) for node in nodes) + 34)
     high, between = 66, 20
 
     def corner(name: str) -> tuple[int, int]:

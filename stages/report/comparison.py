@@ -115,7 +115,9 @@ def html(group: Group, task: Any) -> Html:
 
 
 def _all_metrics(group: Group, task: Any) -> Html:
-    main = 1 + list(task.METRICS).index(task.MAIN_METRIC)
+    given = {name for model in group.models for split in SPLITS for name in model.metrics[split]}
+    metrics = {name: metric for name, metric in task.METRICS.items() if name in given}
+    main = 1 + list(metrics).index(task.MAIN_METRIC)
     parts = []
     for split in SPLITS:
         rows = [
@@ -123,20 +125,20 @@ def _all_metrics(group: Group, task: Any) -> Html:
                 model.name,
                 *(
                     metric.show(model.metrics[split][name]) if name in model.metrics[split] else NOTHING
-                    for name, metric in task.METRICS.items()
+                    for name, metric in metrics.items()
                 ),
             ]
             for model in group.models
         ]
         figures = table(
-            [split, *(metric.label for metric in task.METRICS.values())],
+            [split, *(metric.label for metric in metrics.values())],
             rows,
-            numeric=range(1, 1 + len(task.METRICS)),
+            numeric=range(1, 1 + len(metrics)),
             bold=[main],
             rule=[1],
         )
         parts.append(figures)
-    meanings = [f"{metric.label}: {metric.meaning}" for metric in task.METRICS.values() if metric.meaning]
+    meanings = [f"{metric.label}: {metric.meaning}" for metric in metrics.values() if metric.meaning]
     return join([tag("div", *parts, class_="side"), tag("p", "; ".join(meanings), ".", class_="small soft")])
 
 
@@ -144,10 +146,10 @@ def explanations(group: Group, task: Any) -> list[str]:
     """What the signs in the table mean."""
     lines = []
     metric = task.METRICS[task.MAIN_METRIC]
-    if any(error_of(model, task.PER_SAMPLE, "test") is not None for model in group.models):
+    if any(error_of(model, task.MAIN_METRIC, "test") is not None for model in group.models):
         unit = "in per cent, " if metric.percent else ""
         compared = {found.name for model in group.models if (found := _alone(group, model)) is not None}
-        against = f"; vs alone: difference to {', '.join(sorted(compared))}, sample by sample" if compared else ""
+        against = f"; vs alone: difference to {', '.join(sorted(compared))} on the same samples" if compared else ""
         lines.append(
             f"{metric.label} {unit}\N{PLUS-MINUS SIGN} one standard error{against}. These errors cover the choice of "
             "test samples, not what another seed of the training would change."
@@ -163,7 +165,7 @@ def conclusions(group: Group, task: Any) -> list[str]:
     for model in group.models:
         if model.role == "teacher" and (found := _compare(group, model, "alone", task)):
             other, gap = found
-            leads = gap.beyond(TEACHER_ERRORS) and gap.mean > 0
+            leads = gap.beyond(TEACHER_ERRORS) and gap.value > 0
             verdict = (
                 f"a lead of more than {TEACHER_ERRORS} standard errors, so there is something to distil"
                 if leads
@@ -198,16 +200,16 @@ def _distance(gap: Difference, other: Model, task: Any) -> str:
     """As in "0.80 points below recognition-alone (paired s.e. 0.72)"."""
     metric = task.METRICS[task.MAIN_METRIC]
     error = metric.show(gap.error)
-    if gap.mean == 0:
+    if gap.value == 0:
         return f"level with {other.name} (paired s.e. {error})"
     unit = " points" if metric.percent else ""
-    side = "above" if gap.mean > 0 else "below"
-    return f"{metric.show(abs(gap.mean))}{unit} {side} {other.name} (paired s.e. {error})"
+    side = "above" if gap.value > 0 else "below"
+    return f"{metric.show(abs(gap.value))}{unit} {side} {other.name} (paired s.e. {error})"
 
 
 def _compare(group: Group, model: Model, method: str, task: Any) -> tuple[Model, Difference] | None:
     other = group.reference(model, method)
-    gap = difference(model, other, task.PER_SAMPLE, "test") if other else None
+    gap = difference(model, other, task.MAIN_METRIC, "test") if other else None
     return (other, gap) if other and gap else None
 
 
@@ -218,16 +220,16 @@ def _alone(group: Group, model: Model) -> Model | None:
 
 def _against(group: Group, model: Model, task: Any) -> tuple[str, str]:
     other = _alone(group, model)
-    gap = difference(model, other, task.PER_SAMPLE, "test") if other else None
+    gap = difference(model, other, task.MAIN_METRIC, "test") if other else None
     if gap is None:
         return NOTHING, ""
     metric = task.METRICS[task.MAIN_METRIC]
-    return metric.show_difference(gap.mean), metric.show(gap.error)
+    return metric.show_difference(gap.value), metric.show(gap.error)
 
 
 def _main(model: Model, task: Any, split: str) -> tuple[str, str]:
     metric = task.METRICS[task.MAIN_METRIC]
-    error = error_of(model, task.PER_SAMPLE, split)
+    error = error_of(model, task.MAIN_METRIC, split)
     return metric.show(model.metrics[split][task.MAIN_METRIC]), "" if error is None else metric.show(error)
 
 

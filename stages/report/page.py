@@ -198,6 +198,13 @@ svg .head { fill: var(--soft); }
 .views div { font-size: .76rem; color: var(--soft); }
 .views img { display: block; width: 96px; height: 96px; border: 1px solid var(--line); border-radius: 2px; }
 .views img.pixels { image-rendering: pixelated; }
+.scenes { display: grid; gap: .9rem; }
+.maps { display: flex; flex-wrap: wrap; gap: .7rem; }
+.maps div { width: min(176px, calc(50% - .35rem)); font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; }
+.maps b { color: var(--text); font-variant-numeric: tabular-nums; }
+.maps img { display: block; max-width: 100%; height: auto; margin-bottom: .3rem; border-radius: 2px; }
+.maps img.pixels { image-rendering: pixelated; }
+.swatch { width: .9rem; height: .9rem; border-radius: 2px; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .87rem; }
 @media print { .scroll { overflow: visible; } body { max-width: none; } }
 """

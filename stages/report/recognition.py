@@ -1,7 +1,5 @@
 """Recognition: test images as every model sees them, with what it takes them for, and accuracy by class."""
 
-import base64
-import io
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -9,14 +7,14 @@ import pandas as pd
 from data import recognition as data
 from data.files import digest
 from stages import paths
-from stages.report.page import Html, join, note, table, tag
+from stages.report import pictures, sections
+from stages.report.page import Html, join, note, tag
 from stages.report.results import Group, Metric, Model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAIN_METRIC = "top_1"
-PER_SAMPLE = "correct"
 METRICS = {
     "top_1": Metric("top-1", True, "share of images whose class is found, in per cent"),
     "worst_class": Metric("worst class", True, "the same within the class where it is lowest"),
@@ -30,9 +28,6 @@ METRICS = {
 }
 
 DISAGREED, OTHERS = 9, 3
-CLASSES_SHOWN = 20
-# The strongest shade of the heat table; text stays readable on it.
-HEAT = 0.6
 SIDE = 96
 
 
@@ -43,7 +38,8 @@ def size(interface: dict[str, Any]) -> str:
 
 def figures(group: Group) -> list[tuple[str, Html]]:
     """Sections of this task."""
-    return [("Test images", images(group)), ("Accuracy by class", by_class(group))]
+    by_class = sections.by_class(group, "accuracy", "samples", "Test accuracy in per cent.")
+    return [("Test images", images(group)), ("Accuracy by class", by_class)]
 
 
 def images(group: Group) -> Html:
@@ -97,37 +93,6 @@ def choose(tables: dict[str, pd.DataFrame]) -> tuple[list[str], int]:
     return disagreed[:DISAGREED] + rest[: DISAGREED + OTHERS - min(len(disagreed), DISAGREED)], len(disagreed)
 
 
-def by_class(group: Group) -> Html:
-    """Accuracy on the test split by class and model; the more is wrong, the stronger the shade."""
-    tables = {
-        model.name: model.classes[model.classes["split"] == "test"].set_index("label")
-        for model in group.models
-        if model.classes is not None
-    }
-    if not tables:
-        return note("There are no figures by class · run `dvc checkout` or `dvc repro`")
-    accuracy = pd.DataFrame({name: found["accuracy"] for name, found in tables.items()})
-    first = next(iter(tables.values()))
-    left_out = len(accuracy) - CLASSES_SHOWN
-    if left_out > 0:
-        accuracy = accuracy.loc[accuracy.mean(axis=1).sort_values(kind="stable").index[:CLASSES_SHOWN]]
-    worst = float((1 - accuracy).to_numpy().max())
-    rows = [
-        [first.loc[label, "class"], f"{first.loc[label, 'samples']:,}", *(_heat(value, worst) for value in values)]
-        for label, values in zip(accuracy.index, accuracy.to_numpy(), strict=True)
-    ]
-    headings = ["class", "samples", *(group.short(name) for name in accuracy.columns)]
-    said = "Test accuracy in per cent; the more is wrong, the stronger the shade."
-    if left_out > 0:
-        said += f" The {CLASSES_SHOWN} classes with the lowest mean; {left_out} others are left out."
-    return join([table(headings, rows, numeric=range(1, len(headings))), tag("p", said, class_="small soft")])
-
-
-def _heat(accuracy: float, worst: float) -> Html:
-    depth = HEAT * (1 - accuracy) / worst if worst > 0 else 0.0
-    return tag("td", f"{100 * accuracy:.1f}", class_="heat", style=f"--share:{depth:.3f}")
-
-
 def _test(model: Model) -> pd.DataFrame:
     """Its test samples by id."""
     table = model.samples if model.samples is not None else pd.DataFrame(columns=["split", "id"])
@@ -148,17 +113,11 @@ def _opinion(model: str, row: Any, names: list[str]) -> Html:
 
 def _view(image: "Tensor", description: str) -> Html:
     """An image (C, H, W) in [0, 1], as many pixels as it has; the page enlarges them as squares."""
-    from PIL import Image
-
-    array = (image * 255).round().byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    file = io.BytesIO()
-    picture.save(file, format="png", optimize=True)
-    source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    picture = pictures.photograph((image * 255).round().byte().numpy())
     side = picture.width
     few = "pixels" if side <= SIDE else None
     return tag(
         "div",
-        tag("img", src=source, alt=description, width=SIDE, height=SIDE, class_=few),
+        tag("img", src=pictures.source(picture), alt=description, width=SIDE, height=SIDE, class_=few),
         f"{side}\N{MULTIPLICATION SIGN}{side}",
     )

@@ -1,12 +1,10 @@
 """What the pipeline left in reports/ and models/, per task and data set, and the errors of its figures."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from data.errors import UserError
@@ -14,7 +12,8 @@ from models.artifacts import WEIGHTS, Description, read_description
 from stages import paths
 from stages.export.onnx_graph import FILE as ONNX
 from stages.parameters import Parameters
-from stages.parameters.shared import Dataset, Source, Student, Teacher
+from stages.parameters.shared import Dataset, Source, Student, Task, Teacher
+from stages.scores import Scores, comparable, influence, scores, standard_error
 
 BASELINES = ("alone", "kd")
 SPLITS = ("validation", "test")
@@ -44,15 +43,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences over the same samples, its standard error, and the number of samples."""
+    """Of two models' figures on the same samples: its value, its standard error, and the number of samples."""
 
-    mean: float
+    value: float
     error: float
     samples: int
 
     def beyond(self, errors: float) -> bool:
         """Whether the difference is more than that many standard errors, in either direction."""
-        return abs(self.mean) > errors * self.error
+        return abs(self.value) > errors * self.error
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ class Model:
     """
 
     name: str
+    task: str
     role: str
     method: str | None
     learnt_from: str | None
@@ -92,6 +92,7 @@ class Group:
     """The models of a task on one data set.
 
     Attributes:
+        settings: of the task, from `tasks` in params.yaml.
         sources: licence and credit of the data and of whatever else the models were made from, by name.
         models: those that were evaluated, in the order of params.yaml.
         latency: reports/latency/<task>.json, without regard to the data set.
@@ -102,6 +103,7 @@ class Group:
     task: str
     dataset: str
     entry: Dataset
+    settings: Task
     sources: dict[str, dict[str, Any]]
     models: list[Model]
     latency: dict[str, Any] | None
@@ -125,38 +127,38 @@ class Group:
         return int((tables[0]["split"] == "test").sum()) if tables else 0
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean of (N,) independent values; for zeros and ones this is sqrt(p (1 - p) / N)."""
-    return float(values.std() / math.sqrt(len(values)))
-
-
-def error_of(model: Model, column: str | None, split: str) -> float | None:
-    """Standard error of the mean of a column of a model's samples; None where that is not known."""
-    if model.samples is None or column is None:
+def scores_of(model: Model, metric: str, split: str) -> Scores | None:
+    """What a model did on every sample of a split; None where no file tells."""
+    if model.samples is None:
         return None
-    return standard_error(model.samples.loc[model.samples["split"] == split, column].to_numpy(dtype=float))
+    return scores(model.task, model.samples[model.samples["split"] == split], metric)
 
 
-def difference(model: Model, other: Model, column: str | None, split: str) -> Difference | None:
-    """How much `model` is above `other`, sample by sample; None where there are no samples to compare.
+def error_of(model: Model, metric: str, split: str) -> float | None:
+    """Standard error of a metric over the choice of samples; None where that is not known."""
+    found = scores_of(model, metric, split)
+    return None if found is None else found.error
+
+
+def difference(model: Model, other: Model, metric: str, split: str) -> Difference | None:
+    """How much `model` is above `other` on the same samples; None where there are no samples to compare.
 
     Pairing takes out what makes a sample hard for both, so that the error is smaller than that of two figures.
 
     Raises:
         UserError: the two were evaluated on different samples.
     """
-    if model.samples is None or other.samples is None or column is None:
+    ours, theirs = (scores_of(one, metric, split) for one in (model, other))
+    if ours is None or theirs is None:
         return None
-    ours, theirs = (
-        table[table["split"] == split].set_index("id")[column].astype(float) for table in (model.samples, other.samples)
-    )
-    if len(ours) != len(theirs) or set(ours.index) != set(theirs.index):
+    if not comparable(ours, theirs):
         raise UserError(
-            f"{model.name} ({len(ours)} samples) and {other.name} ({len(theirs)} samples) were evaluated on different "
-            f"{split} samples · run `dvc repro` so that both are evaluated on the same data"
+            f"{model.name} ({len(ours.statistics)} samples) and {other.name} ({len(theirs.statistics)} samples) were "
+            f"evaluated on different {split} samples · run `dvc repro` so that both are evaluated on the same data"
         )
-    gap = (ours - theirs.reindex(ours.index)).to_numpy()
-    return Difference(float(gap.mean()), standard_error(gap), len(gap))
+    theirs = theirs.in_order_of(ours)
+    gap = influence(ours.rows, ours.figure) - influence(theirs.rows, theirs.figure)
+    return Difference(ours.value - theirs.value, standard_error(gap), len(gap))
 
 
 def read_task(task: str, parameters: Parameters) -> list[Group]:
@@ -182,6 +184,7 @@ def read_task(task: str, parameters: Parameters) -> list[Group]:
             task=task,
             dataset=dataset,
             entry=entry,
+            settings=parameters.tasks[task],
             sources=_sources(entry.source, parameters.sources[entry.source], models),
             models=models,
             latency=latency,
@@ -208,6 +211,7 @@ def _model(
     exported, trained = paths.exported(task, name), paths.trained(task, name)
     return Model(
         name=name,
+        task=task,
         role=_role(name, entry, parameters),
         method=entry.method if isinstance(entry, Student) else None,
         learnt_from=entry.teacher if isinstance(entry, Student) and entry.teacher != "none" else None,

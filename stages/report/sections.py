@@ -1,15 +1,21 @@
-"""What every task has: who teaches whom, curves, export, latency, validation, and how to reproduce it all."""
+"""What tasks share: who teaches whom, curves, figures by class, export, latency, validation, how to reproduce."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from stages import paths
 from stages.report import charts
 from stages.report.comparison import size_text
 from stages.report.page import Html, code, join, note, table, tag
 from stages.report.results import Group, Model
+
+CLASSES_SHOWN = 20
+# The strongest shade of the heat table; text stays readable on it.
+HEAT = 0.6
 
 
 def facts(group: Group) -> Html:
@@ -102,8 +108,46 @@ def _chart(name: str, series: dict[int, tuple[np.ndarray, np.ndarray]], last: fl
     else:
         scale, more = charts.linear(values), ""
     who = ", ".join(group.models[number].name for number in series)
-    drawing = charts.lines(series, scale, last, f"{name} over training steps: {who}")
+    drawing = charts.lines(series, scale, charts.steps(last), f"{name} over training steps: {who}")
     return tag("figure", tag("figcaption", tag("b", name), more), drawing)
+
+
+def by_class(group: Group, figure: str, counted: str, said: str) -> Html:
+    """A share on the test split by class and model; the further from 1, the stronger the shade.
+
+    Args:
+        figure, counted: columns of <model>.classes.csv: the share, and what its class has in the test split.
+        said: what the share is.
+    """
+    tables = {
+        model.name: model.classes[model.classes["split"] == "test"].set_index("label")
+        for model in group.models
+        if model.classes is not None
+    }
+    if not tables:
+        return note("There are no figures by class · run `dvc checkout` or `dvc repro`")
+    shares = pd.DataFrame({name: found[figure] for name, found in tables.items()})
+    first = next(iter(tables.values()))
+    left_out = len(shares) - CLASSES_SHOWN
+    if left_out > 0:
+        shares = shares.loc[shares.mean(axis=1).sort_values(kind="stable").index[:CLASSES_SHOWN]]
+    worst = float((1 - shares).max().max())
+    rows = [
+        [first.loc[label, "class"], f"{first.loc[label, counted]:,}", *(_heat(value, worst) for value in values)]
+        for label, values in zip(shares.index, shares.to_numpy(dtype=float), strict=True)
+    ]
+    headings = ["class", counted, *(group.short(name) for name in shares.columns)]
+    said += " The lower, the stronger the shade."
+    if left_out > 0:
+        said += f" The {CLASSES_SHOWN} classes with the lowest mean; {left_out} others are left out."
+    return join([table(headings, rows, numeric=range(1, len(headings))), tag("p", said, class_="small soft")])
+
+
+def _heat(share: float, worst: float) -> Html:
+    if math.isnan(share):
+        return tag("td", "-", class_="heat", style="--share:0")
+    depth = HEAT * (1 - share) / worst if worst > 0 else 0.0
+    return tag("td", f"{100 * share:.1f}", class_="heat", style=f"--share:{depth:.3f}")
 
 
 def export(group: Group, task: Any) -> Html:

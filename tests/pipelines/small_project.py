@@ -10,7 +10,7 @@ import json
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from data.files import sha256
 
 TASK, SIDE, CLASSES = "recognition", 4, ["a", "b", "c"]
 VALIDATION, TEST = 20, 250
+SPLIT = {"validation": VALIDATION, "test": TEST}
 INTERFACE = {"classes": CLASSES, "channels": 1, "resolution": SIDE, "mean": [0.0], "std": [1.0], "resize": "bicubic"}
 
 
@@ -37,6 +38,14 @@ class Model:
 @dataclass
 class Small:
     """The files of a project. Change the fields, then `write` again."""
+
+    task: ClassVar[str] = TASK
+    metric: ClassVar[str] = "top_1"
+    interface: ClassVar[dict[str, Any]] = INTERFACE
+    input: ClassVar[list[int]] = [1, SIDE, SIDE]
+    network: ClassVar[dict[str, Any]] = {"name": "resnet", "widths": [4]}
+    dataset: ClassVar[dict[str, Any]] = {"format": "folder", "size": SIDE, "channels": 1, "split": SPLIT}
+    student: ClassVar[dict[str, Any]] = {"resolution": SIDE}
 
     folder: Path
     models: dict[str, Model] = field(default_factory=dict)
@@ -55,8 +64,8 @@ class Small:
             if onnx:
                 times = {"p50": 0.5, "p95": 1.0, "runs": 100}
                 latency[name] = {"onnx_sha256": onnx, "latency_ms": {"1": times, "32": times}}
-        self.put(f"reports/evaluation/{TASK}/models.json", json.dumps(evaluated))
-        self.put(f"reports/latency/{TASK}.json", {"task": TASK, "threads": 1, "models": latency})
+        self.put(f"reports/evaluation/{self.task}/models.json", json.dumps(evaluated))
+        self.put(f"reports/latency/{self.task}.json", {"task": self.task, "threads": 1, "models": latency})
 
     def put(self, path: str, value: Any) -> Path:
         """Write text, bytes or JSON."""
@@ -86,84 +95,100 @@ class Small:
         self.git("add", "-A")
         self.git("commit", "-qm", "state", "--allow-empty")
 
+    def image(self, index: int) -> tuple[np.ndarray, Any]:
+        """The image of that number, and its label."""
+        image = np.zeros((1, SIDE, SIDE), dtype=np.uint8)
+        label = index % 2
+        image[0, 0, label] = 255
+        image[0, 1, 0] = min(index, self.hardest)
+        return image, label
+
+    def row(self, index: int, right: bool) -> dict[str, Any]:
+        """What evaluation says of a model that is right or wrong about the image of that number."""
+        label = index % 2
+        prediction = label if right else 2
+        answer = {"label": label, "prediction": prediction, "confidence": 0.9, "correct": int(right)}
+        return {**answer, "same_class_rank": 1}
+
+    def write_onnx(self, file: Path, wrong: int, note: str) -> None:
+        """A model with that many mistakes."""
+        write_onnx(file, wrong, note)
+
     def _write_data(self) -> str:
-        rows, images = [], []
+        rows, images, labels = [], [], []
         for part, count in (("validation", VALIDATION), ("test", TEST)):
             for index in range(count):
-                image = np.zeros((1, SIDE, SIDE), dtype=np.uint8)
-                label = index % 2
-                image[0, 0, label] = 255
-                image[0, 1, 0] = min(index, self.hardest)
+                image, label = self.image(index)
                 content = hashlib.sha256(image.tobytes()).hexdigest()
                 images.append(image)
-                rows.append({"id": f"{self.ids}-{part}-{index}", "split": part, "label": label, "sha256": content})
-        prepared = f"data/prepared/{TASK}/tiny"
+                labels.append(label)
+                row = {"id": f"{self.ids}-{part}-{index}", "split": part}
+                rows.append(row | ({"label": label} if isinstance(label, int) else {}) | {"sha256": content})
+        prepared = f"data/prepared/{self.task}/tiny"
         manifest = self.put(f"{prepared}/manifest.csv", pd.DataFrame(rows).to_csv(index=False))
         np.save(self.folder / prepared / "images.npy", np.stack(images))
-        np.save(self.folder / prepared / "labels.npy", np.array([row["label"] for row in rows]))
-        proof = {"dataset": "tiny", "task": TASK, "manifest": sha256(manifest)}
-        self.put(f"data/validated/{TASK}/tiny.json", proof)
+        np.save(self.folder / prepared / "labels.npy", np.array(labels))
+        proof = {"dataset": "tiny", "task": self.task, "manifest": sha256(manifest)}
+        self.put(f"data/validated/{self.task}/tiny.json", proof)
         return sha256(manifest)
 
     def _write_parameters(self) -> None:
         rights = {"licence": "none", "credit": "nobody", "redistributable": self.redistributable}
-        common = {"task": TASK, "dataset": "tiny"}
-        network = {"name": "resnet", "widths": [4]}
+        common = {"task": self.task, "dataset": "tiny"}
         students = {name: model for name, model in self.models.items() if model.method}
-        split = {"validation": VALIDATION, "test": TEST}
-        dataset = {"task": TASK, "source": "tiny", "format": "folder", "size": SIDE, "channels": 1, "split": split}
+        dataset = {"task": self.task, "source": "tiny", **self.dataset}
         entries = {
             name: {
                 **common,
                 "method": model.method,
                 "teacher": "none" if model.method == "alone" else "teacher",
-                "resolution": SIDE,
-                "network": network,
+                "network": self.network,
+                **self.student,
             }
             for name, model in students.items()
         }
         content = {
             "sources": {"tiny": {"kind": "folder", "path": "unused", "tree_digest": "0" * 64, **rights}},
             "datasets": {"tiny": dataset},
-            "teachers": {"teacher": {**common, "network": network}},
+            "teachers": {"teacher": {**common, "network": self.network}},
             "students": entries,
             "exports": dict.fromkeys(entries, common),
-            "tasks": {TASK: {}},
-            "gates": {TASK: self.gates},
+            "tasks": {self.task: {}},
+            "gates": {self.task: self.gates},
         }
         self.put("params.yaml", yaml.safe_dump(content))
 
     def _write_model(self, name: str, model: Model, data: str) -> tuple[str, str]:
         """Its files; sha256 of weights and ONNX file (none of a teacher)."""
-        weights = sha256(self.put(f"models/trained/{TASK}/{name}/weights.safetensors", f"{name} {model.weights}"))
+        weights = sha256(self.put(f"models/trained/{self.task}/{name}/weights.safetensors", f"{name} {model.weights}"))
         source = {"name": "tiny", "licence": "none", "redistributable": self.redistributable}
         description = {
             "name": name,
-            "task": TASK,
-            "interface": INTERFACE,
+            "task": self.task,
+            "interface": self.interface,
             "dataset": {"name": "tiny", "digest": data},
             "teacher": {"name": "teacher", "weights_sha256": "f" * 64} if model.method == "kd" else None,
             "sources": [source],
             "parameters": 51,
             "weights_sha256": weights,
         }
-        trained = f"models/trained/{TASK}/{name}"
+        trained = f"models/trained/{self.task}/{name}"
         self.put(f"{trained}/model.json", description)
         self.put(f"{trained}/record.jsonl", json.dumps({"stage": "distill", "key": name, "digest": "d" * 64}) + "\n")
         self.put(
-            f"reports/metrics/{TASK}/{name}.json",
-            {"validation": {"top_1": model.validation}, "test": {"top_1": 1 - model.wrong / TEST}},
+            f"reports/metrics/{self.task}/{name}.json",
+            {"validation": {self.metric: model.validation}, "test": {self.metric: 1 - model.wrong / TEST}},
         )
-        self.put(f"reports/evaluation/{TASK}/{name}.samples.csv", self._samples(model.wrong).to_csv(index=False))
+        self.put(f"reports/evaluation/{self.task}/{name}.samples.csv", self._samples(model.wrong).to_csv(index=False))
         if not model.method:
             return weights, ""
-        exported = self.folder / f"models/exported/{TASK}/{name}"
+        exported = self.folder / f"models/exported/{self.task}/{name}"
         exported.mkdir(parents=True, exist_ok=True)
-        write_onnx(exported / "model.onnx", model.wrong, f"{name} {model.weights}")
+        self.write_onnx(exported / "model.onnx", model.wrong, f"{name} {model.weights}")
         onnx = sha256(exported / "model.onnx")
         more = {
             "onnx_sha256": onnx,
-            "input": {"name": "images", "shape": ["batch", 1, SIDE, SIDE], "dtype": "float32"},
+            "input": {"name": "images", "shape": ["batch", *self.input], "dtype": "float32"},
             "outputs": [{"name": "logits", "shape": ["batch", 3], "dtype": "float32"}],
             "parity": {
                 "samples": VALIDATION,
@@ -171,7 +196,7 @@ class Small:
                 "metric": {"onnx": 0.9, "pytorch": 0.9},
             },
         }
-        self.put(f"models/exported/{TASK}/{name}/model.json", {**description, **more})
+        self.put(f"models/exported/{self.task}/{name}/model.json", {**description, **more})
         return weights, onnx
 
     def _samples(self, wrong: int) -> pd.DataFrame:
@@ -179,17 +204,8 @@ class Small:
         for part, count in (("validation", VALIDATION), ("test", TEST)):
             for index in range(count):
                 right = part == "validation" or min(index, self.hardest) < TEST - wrong
-                rows.append(
-                    {
-                        "split": part,
-                        "id": f"{self.ids}-{part}-{index}",
-                        "label": index % 2,
-                        "prediction": index % 2 if right else 2,
-                        "confidence": 0.9,
-                        "correct": int(right),
-                        "same_class_rank": 1,
-                    }
-                )
+                row = {"split": part, "id": f"{self.ids}-{part}-{index}"}
+                rows.append(row | self.row(index, right))
         return pd.DataFrame(rows)
 
 
@@ -219,9 +235,9 @@ def write_onnx(file: Path, wrong: int, note: str) -> None:
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(file))
 
 
-def usual(folder: Path) -> Small:
+def usual(folder: Path, kind: type[Small] = Small) -> Small:
     """A teacher, two students and the baseline; `best` is best on validation and on test."""
-    return Small(
+    return kind(
         folder,
         {
             "teacher": Model(wrong=2, validation=1.0, method=None),

@@ -1,9 +1,9 @@
-"""The gates: each passes and fails for its own reason; the bootstrap against enumeration and the normal law."""
+"""The gates: each passes and fails for its own reason; bounds against the normal law and a loop."""
 
-import itertools
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from pipelines.gates import Check
 from pipelines.tasks import recognition
 from stages.parameters.recognition import Gates
 from stages.parameters.shared import LatencyBudget, ParityBudget
+from stages.scores import Scores, scores
+from stages.scores import recognition as recognition_scores
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_project import TASK, Small, usual
@@ -33,53 +35,88 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
     return small
 
 
-def series(right: list[int] | np.ndarray) -> pd.Series:
-    return pd.Series(np.asarray(right, dtype=float), index=[f"id-{index}" for index in range(len(right))])
+def means(values: list[int] | list[float] | np.ndarray) -> Scores:
+    """Scores whose figure is a mean."""
+    table = pd.DataFrame({"hits": np.asarray(values, dtype=float), "questions": 1.0})
+    table.index = pd.Index([f"id-{row}" for row in range(len(table))])
+    return Scores(table, partial(recognition_scores.figure, metric="top_1"))
+
+
+def renamed(model: Scores, change: Any) -> Scores:
+    """The same rows under changed names, or in another order."""
+    return Scores(change(model.statistics), model.figure)
+
+
+def lower_bound(ours: Scores, theirs: Scores, **settings: Any) -> float:
+    bound = gates.not_worse("champion", ours, theirs, "other", Gates(**settings)).figures["lower_bound"]
+    assert isinstance(bound, float)
+    return bound
 
 
 # Bootstrap
-
-
-def exact_distribution(gap: list[int]) -> dict[float, float]:
-    """Every mean that resampling can give, and its probability, by enumeration of all resamples."""
-    found: dict[float, float] = {}
-    for drawn in itertools.product(gap, repeat=len(gap)):
-        mean = round(sum(drawn) / len(gap), 9)
-        found[mean] = found.get(mean, 0.0) + len(gap) ** -len(gap)
-    return found
-
-
-@pytest.mark.parametrize("gap", [[1, 0, -1, 0, 0], [1, 1, 0, -1, -1, 0], [0, 0, 0], [1, 1, -1, 0, 1, 1]])
-def test_the_bootstrap_has_the_distribution_of_all_resamples(gap: list[int]) -> None:
-    resamples = 200_000
-    means = gates.bootstrap_means(np.array(gap, dtype=float), resamples, seed=1)
-    assert means.shape == (resamples,)
-    exact = exact_distribution(gap)
-    values, counts = np.unique(means.round(9), return_counts=True)
-    assert set(values) <= set(exact)
-    for value, share in exact.items():
-        found = counts[values == value].sum() / resamples
-        assert abs(found - share) < 5 * math.sqrt(share * (1 - share) / resamples) + 1e-9
 
 
 @pytest.mark.parametrize(("better", "worse"), [(30, 30), (50, 20), (20, 60), (0, 40)])
 def test_the_bound_of_paired_proportions_is_the_analytic_one(better: int, worse: int) -> None:
     """b and c of n pairs differ: the mean difference has variance (b + c - (b - c)^2 / n) / n^2."""
     n = 1000
-    gap = np.array([1.0] * better + [-1.0] * worse + [0.0] * (n - better - worse))
+    ours = means([1] * better + [0] * (n - better))
+    theirs = means([0] * better + [1] * worse + [0] * (n - better - worse))
     error = math.sqrt((better + worse - (better - worse) ** 2 / n) / n**2)
     expected = (better - worse) / n - 1.6448536 * error
-    assert gates.lower_bound(gap, 0.95, 40_000, seed=0) == pytest.approx(expected, abs=0.0011)
-    assert gates.lower_bound(gap, 0.99, 40_000, seed=0) < gates.lower_bound(gap, 0.95, 40_000, seed=0)
+    bound = lower_bound(ours, theirs, resamples=40_000)
+    assert bound == pytest.approx(expected, abs=0.0011)
+    assert lower_bound(ours, theirs, resamples=40_000, confidence=0.99) < bound
 
 
-def test_many_different_values_are_drawn_the_same_way() -> None:
-    gap = np.random.default_rng(0).normal(0.1, 1, 3000)
-    bound = gates.lower_bound(gap, 0.95, 10_000, seed=0)
+def test_the_bound_of_a_mean_is_that_of_the_normal_law() -> None:
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.normal(0.1, 1, 2000), generator.normal(0, 0.5, 2000)
+    gap = ours - theirs
+    bound = lower_bound(means(ours), means(theirs))
     assert bound == pytest.approx(gap.mean() - 1.6449 * gap.std() / math.sqrt(len(gap)), abs=0.003)
-    assert bound == gates.lower_bound(gap, 0.95, 10_000, seed=0)
-    assert bound != gates.lower_bound(gap, 0.95, 10_000, seed=1)
-    assert len(gates.bootstrap_means(gap, 10_001, seed=0)) == 10_001
+    assert bound == lower_bound(means(ours), means(theirs))
+    assert bound != lower_bound(means(ours), means(theirs), seed=1)
+
+
+def segmented(seed: int, wrong: float, images: int = 30, classes: int = 3) -> Scores:
+    """Scores of a model whose pixels are wrong at random; a class is in few images."""
+    truth = np.random.default_rng(99).integers(0, 2, (images, 20))
+    truth[:2] += 1
+    generator = np.random.default_rng(seed)
+    answer = np.where(generator.random(truth.shape) < wrong, generator.integers(0, classes, truth.shape), truth)
+    rows: dict[str, Any] = {"id": [f"id-{image}" for image in range(images)]}
+    for label in range(classes):
+        one, other = truth == label, answer == label
+        rows |= {f"intersection_{label}": (one & other).sum(axis=1), f"union_{label}": (one | other).sum(axis=1)}
+    return scores("segmentation", pd.DataFrame(rows), "miou")
+
+
+def test_a_figure_that_is_no_mean_over_samples() -> None:
+    ours, theirs = segmented(1, 0.3), segmented(2, 0.3)
+    check = gates.not_worse("champion", ours, theirs, "other", Gates(delta=0.2))
+    assert check.figures["score"] == ours.value
+    assert check.figures["difference"] == pytest.approx(ours.value - theirs.value)
+    # A loop over resamples, in which the rows of the drawn images are added up for both models.
+    generator, gaps = np.random.default_rng(5), []
+    for _ in range(5000):
+        drawn = generator.integers(30, size=30)
+        one, other = (model.figure(model.rows[drawn].sum(axis=0)) for model in (ours, theirs))
+        gaps.append(float(one - other))
+    assert check.figures["lower_bound"] == pytest.approx(np.quantile(gaps, 0.05), abs=0.1 * float(np.std(gaps)))
+    shuffled = renamed(theirs, lambda table: table.sample(frac=1, random_state=1))
+    assert gates.not_worse("champion", ours, shuffled, "other", Gates(delta=0.2)) == check
+    same = gates.not_worse("champion", ours, renamed(ours, lambda table: table.iloc[::-1]), "other", Gates(delta=0))
+    assert same.passed
+    assert same.figures["lower_bound"] == same.figures["difference"] == 0
+    assert (same.figures["samples_better"], same.figures["samples_worse"]) == (0, 0)
+    assert not gates.not_worse("champion", segmented(1, 0.9), theirs, "other", Gates(delta=0.02)).passed
+
+
+def test_figures_of_nothing_do_not_pass() -> None:
+    ours = segmented(1, 0.3)
+    nothing = renamed(ours, lambda table: table * 0)
+    assert not gates.not_worse("champion", nothing, nothing, "other", Gates(delta=1)).passed
 
 
 # Not worse than another
@@ -87,15 +124,15 @@ def test_many_different_values_are_drawn_the_same_way() -> None:
 
 def test_equal_is_not_worse_and_much_worse_is() -> None:
     right = [1] * 90 + [0] * 10
-    same = gates.not_worse("champion", series(right), series(right), "other", GATES)
+    same = gates.not_worse("champion", means(right), means(right), "other", GATES)
     assert same.passed
     assert same.figures["lower_bound"] == same.figures["difference"] == 0
-    worse = gates.not_worse("champion", series([1] * 80 + [0] * 20), series(right), "other", GATES)
+    worse = gates.not_worse("champion", means([1] * 80 + [0] * 20), means(right), "other", GATES)
     assert not worse.passed
     assert worse.figures["difference"] == pytest.approx(-0.1)
-    assert (worse.figures["only_ours_right"], worse.figures["only_other_right"]) == (0, 10)
+    assert (worse.figures["samples_better"], worse.figures["samples_worse"]) == (0, 10)
     assert "other" in worse.sentence
-    better = gates.not_worse("champion", series(right), series([1] * 80 + [0] * 20), "other", GATES)
+    better = gates.not_worse("champion", means(right), means([1] * 80 + [0] * 20), "other", GATES)
     assert better.passed
     assert better.figures["difference"] == pytest.approx(0.1)
 
@@ -103,30 +140,34 @@ def test_equal_is_not_worse_and_much_worse_is() -> None:
 def test_an_uncertain_difference_is_refused_even_if_its_mean_is_within_delta() -> None:
     """25 of 200 pairs each way: the mean is 0, its error 0.035."""
     ours, theirs = [1] * 25 + [0] * 25 + [1] * 150, [0] * 25 + [1] * 25 + [1] * 150
-    assert not gates.not_worse("baseline", series(ours), series(theirs), "other", GATES).passed
-    assert gates.not_worse("baseline", series(ours), series(theirs), "other", Gates(delta=0.1)).passed
+    assert not gates.not_worse("baseline", means(ours), means(theirs), "other", GATES).passed
+    assert gates.not_worse("baseline", means(ours), means(theirs), "other", Gates(delta=0.1)).passed
 
 
 def test_delta_is_allowed_exactly() -> None:
     """Ten values that all lose a tenth: every resample has the same mean."""
-    ours, theirs = series([0.6] * 10), series([0.7] * 10)
+    ours, theirs = means([0.6] * 10), means([0.7] * 10)
     assert gates.not_worse("champion", ours, theirs, "other", Gates(delta=0.1)).passed
     assert not gates.not_worse("champion", ours, theirs, "other", Gates(delta=0.0999)).passed
 
 
 def test_samples_are_paired_by_name_not_by_place() -> None:
-    ours = series([1, 0, 1, 1, 0] * 40)
-    check = gates.not_worse("champion", ours, ours.sample(frac=1, random_state=1), "other", Gates(delta=0))
+    ours = means([1, 0, 1, 1, 0] * 40)
+    check = gates.not_worse(
+        "champion", ours, renamed(ours, lambda table: table.sample(frac=1, random_state=1)), "other", Gates(delta=0)
+    )
     assert check.passed
     assert check.figures["lower_bound"] == 0
 
 
-@pytest.mark.parametrize("theirs", [series([1, 1]), series([1, 1, 1]).rename({"id-0": "x"}), series([])])
-def test_other_samples_cannot_be_compared(theirs: pd.Series) -> None:
-    check = gates.not_worse("champion", series([1, 1, 1]), theirs, "other", GATES)
+@pytest.mark.parametrize(
+    "theirs", [means([1, 1]), renamed(means([1, 1, 1]), lambda table: table.rename({"id-0": "x"})), means([])]
+)
+def test_other_samples_cannot_be_compared(theirs: Scores) -> None:
+    check = gates.not_worse("champion", means([1, 1, 1]), theirs, "other", GATES)
     assert not check.passed
     assert "different test samples" in check.sentence
-    assert not gates.not_worse("champion", series([]), series([]), "other", GATES).passed
+    assert not gates.not_worse("champion", means([]), means([]), "other", GATES).passed
 
 
 # Share of the teacher, parity, latency, signature, licences, tree
@@ -313,18 +354,15 @@ def test_evaluated(project: Small) -> None:
     assert not gates.evaluated(TASK, weights, samples.iloc[1:], manifest).passed
     assert not gates.evaluated(TASK, weights, samples.assign(label=0), manifest).passed
     assert not gates.evaluated(TASK, weights, samples, manifest[manifest["split"] != "test"]).passed
+    maps = samples.drop(columns="label")
+    assert gates.evaluated(TASK, weights, maps, manifest.drop(columns="label")).passed
+    assert not gates.evaluated(TASK, weights, maps.iloc[1:], manifest).passed
     Path(f"reports/evaluation/{TASK}/models.json").unlink()
     assert not gates.evaluated(TASK, weights, samples, manifest).passed
     assert digest(weights) in gates.evaluated(TASK, weights, samples, manifest).sentence
 
 
-# Scores
-
-
-def test_scores_of_a_metric() -> None:
-    table = pd.DataFrame({"id": ["x", "y", "z"], "correct": [1, 0, 1], "same_class_rank": [0, 1, 2]})
-    assert recognition.scores(table, "top_1").to_dict() == {"x": 1.0, "y": 0.0, "z": 1.0}
-    assert recognition.scores(table, "recall_at_1").to_dict() == {"y": 1.0, "z": 0.0}
+# Samples and data
 
 
 def test_an_onnx_file_is_evaluated_as_the_stage_does(project: Small) -> None:
@@ -359,6 +397,11 @@ def test_the_digest_of_test_data_moves_with_it_alone(project: Small) -> None:
     other.loc[other.index[-1], "label"] = 2
     assert digest_of_test(other) != before
     assert digest_of_test(manifest.iloc[:-1]) != before
+    # Where a label is a map, its own digest stands for it.
+    maps = manifest.drop(columns="label").assign(labels_sha256="a")
+    moved = maps.assign(labels_sha256=["a"] * (len(maps) - 1) + ["b"])
+    assert digest_of_test(moved) != digest_of_test(maps) == digest_of_test(maps.assign(ignored=0.5))
+    assert digest_of_test(maps) != before
 
 
 # Records

@@ -1,0 +1,88 @@
+"""Segmentation: a caller sends raw images; a champion is evaluated again where the test data moved.
+
+`pipelines.serving.segmentation` answers the caller.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+REQUEST = '{"inputs": [IMAGE, ...]}, an image being nested lists (3, H, W) of pixels from 0 to 255'
+BATCH = 8
+
+
+def signature() -> "ModelSignature":
+    """Request and answer, as MLflow writes them down.
+
+    The request is an object of any shape: the served code checks it itself, and answers with status 400 where MLflow's
+    own check of shapes would answer with 500.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types.schema import Array, Map
+
+    answer = Schema(
+        [
+            ColSpec(Array(Array(DataType.long)), "labels"),
+            ColSpec(Array(DataType.string), "classes"),
+            ColSpec(Map(DataType.long), "pixels"),
+        ]
+    )
+    return ModelSignature(Schema([TensorSpec(np.dtype("O"), (-1,), "images")]), answer)
+
+
+def example(description: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A request of one image, no image of any data set: a ramp from black to white.
+
+    Args:
+        description: model.json of the export.
+    """
+    shape = description["input"]["shape"][1:]
+    return {"images": np.linspace(0, 255, int(np.prod(shape))).round().reshape(1, *shape)}
+
+
+def evaluate(onnx: Path, description: Mapping[str, Any], prepared: Path) -> pd.DataFrame:
+    """What `stages.evaluate` says of every test image, from an ONNX file: a row per image, with its id and, per class,
+    `intersection_k` and `union_k` in pixels that have a label.
+
+    Args:
+        description: model.json beside the file. prepared: the data set of today.
+    """
+    import onnxruntime
+
+    from data import segmentation as data
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+    ids, images, labels = data.load(prepared, "test")
+    name, classes = description["input"]["name"], len(description["interface"]["classes"])
+    parts = []
+    for start in range(0, len(ids), BATCH):
+        rows = slice(start, start + BATCH)
+        (logits,) = session.run(["logits"], {name: data.to_unit(images[rows]).numpy()})
+        parts.append(overlaps(labels[rows].numpy(), logits.argmax(1), classes))
+    table = np.concatenate(parts).reshape(len(ids), 2 * classes)
+    columns = [f"{kind}_{label}" for kind in ("intersection", "union") for label in range(classes)]
+    return pd.DataFrame(table, columns=columns).assign(id=ids)
+
+
+def overlaps(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
+    """(N, 2, classes) int64: per image, pixels of intersection and of union of every class.
+
+    Args:
+        truth: (N, H, W); what is no class has no label. prediction: (N, H, W), from 0 to classes - 1.
+    """
+    count = len(truth)
+    known = truth < classes
+    image = np.broadcast_to(np.arange(count)[:, None, None], truth.shape)[known]
+    pair = (image * classes + truth[known].astype(np.int64)) * classes + prediction[known]
+    confusion = np.bincount(pair, minlength=count * classes**2).reshape(count, classes, classes)
+    both = np.diagonal(confusion, axis1=1, axis2=2)
+    return np.stack([both, confusion.sum(axis=1) + confusion.sum(axis=2) - both], axis=1)
