@@ -67,8 +67,25 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
 
 
+class Projection(nn.Conv2d):
+    """A 1x1 convolution that takes every `stride`-th pixel; no bias.
+
+    While gradients are wanted, the pixels are taken first: on processors, oneDNN's gradient of a strided 1x1
+    convolution with few input channels writes outside its workspace (oneDNN issue 6035).
+    """
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__(channels, width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to (B, width, H / stride, W / stride)."""
+        if not torch.is_grad_enabled() or self.stride == (1, 1):
+            return super().forward(x)
+        return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight)
+
+
 def shortcut(channels: int, width: int, stride: int) -> nn.Module:
     """What a residual block adds: its input, or a 1x1 projection where the shape changes."""
     if stride == 1 and channels == width:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+    return nn.Sequential(Projection(channels, width, stride), nn.BatchNorm2d(width))
