@@ -31,7 +31,7 @@ def test_a_projection_is_a_strided_convolution(size: tuple[int, int], stride: in
 
 def test_a_shortcut_projects_only_where_the_shape_changes() -> None:
     assert list(shortcut(4, 4, 1).parameters()) == []
-    assert list(Block(4, 6, 2).shortcut.state_dict())[0] == "0.weight"
+    assert next(iter(Block(4, 6, 2).shortcut.state_dict())) == "0.weight"
 
 
 def test_training_with_few_channels_keeps_out_of_foreign_memory() -> None:
