@@ -27,7 +27,6 @@ LEVELS = (1, 2, 3)
 METRICS = {
     "miou": Metric("mIoU", True, "intersection over union of truth and prediction, mean over classes, in per cent"),
     "pixel_accuracy": Metric("pixel accuracy", True, "share of labelled pixels whose class is found"),
-    "mean_class_accuracy": Metric("class accuracy", True, "the same within each class, mean over classes"),
     "boundary_f": Metric("boundary F", True, "F-score of the boundaries of classes, mean over classes and images"),
     **{f"miou_{kind}_{level}": Metric(f"{kind} {level}", True) for kind in WORSE for level in LEVELS},
 }
