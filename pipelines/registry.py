@@ -37,6 +37,7 @@ from pipelines.candidates import (
     samples_of_test,
 )
 from pipelines.decisions import FOLDER
+from stages.command import errors_told
 from stages.parameters import Parameters, load, select
 
 if TYPE_CHECKING:
@@ -321,21 +322,15 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+    with errors_told(f"registry {given.action} {given.task}", _explain):
         passed = actions[given.action](given.task)
-    except UserError as error:
-        print(f"error in registry {given.action} {given.task}: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        from mlflow.exceptions import MlflowException
-
-        if not isinstance(error, MlflowException):
-            raise
-        print(f"error in registry {given.action} {given.task}: {tracking.explain(error)}", file=sys.stderr)
-        sys.exit(1)
     sys.exit(1 if passed is False else 0)
+
+
+def _explain(error: Exception) -> str | None:
+    from mlflow.exceptions import MlflowException
+
+    return tracking.explain(error) if isinstance(error, MlflowException) else None
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The command line of every stage: its arguments, its errors, and its end when its parent ends."""
 
 import argparse
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from data.errors import UserError
@@ -45,21 +46,34 @@ def run(
     )
     name = parser.parse_args().key
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+    with errors_told(f"{stage} {name}".strip()):
         act(name)
-    except UserError as error:
-        print(f"error in {stage}{f' {name}' if name else ''}: {error}", file=sys.stderr)
-        sys.exit(1)
+
+
+@contextlib.contextmanager
+def errors_told(what: str, explain: Callable[[Exception], str | None] = lambda error: None) -> Iterator[None]:
+    """End the process with exit code 1 and one paragraph after what the user can mend; 130 after an interruption.
+
+    Args:
+        what: the command, as it stands in the message.
+        explain: says the same of errors that only this command knows, None of all others.
+    """
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if is_disk_full(error):
+        if isinstance(error, UserError):
+            reason: str | None = str(error)
+        elif is_disk_full(error):
             reason = "the disk is full · free some space and run it again"
         elif isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError):
             reason = f"{error.filename}: {error.strerror} · mend it, and run it again"
         else:
+            reason = explain(error)
+        if reason is None:
             raise
-        print(f"error in {stage} {name}: {reason}", file=sys.stderr)
+        print(f"error in {what}: {reason}", file=sys.stderr)
         sys.exit(1)
 
 

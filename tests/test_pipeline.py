@@ -19,8 +19,10 @@ import yaml
 
 from data.files import sha256
 
+sys.path.insert(0, str(Path(__file__).parent))
+from clones import ROOT, copy_sources
+
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
 STUDENTS = ("recognition-horkd", "recognition-kd", "recognition-alone")
 
 
@@ -75,16 +77,8 @@ class Project:
 
 
 def copy_tree(target: Path) -> Project:
-    """What a clone would hold, uncommitted changes included, with the small parameters and no results."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target / name)
-    shutil.copy(ROOT / "tests" / "params.yaml", target / "params.yaml")
-    (target / "dvc.lock").unlink(missing_ok=True)
+    """A repository of its own with the sources."""
+    copy_sources(target)
     project = Project(target)
     project.run("git", "init", "-q")
     project.commit("start")

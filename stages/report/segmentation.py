@@ -27,8 +27,7 @@ LEVELS = (1, 2, 3)
 METRICS = {
     "miou": Metric("mIoU", True, "intersection over union of truth and prediction, mean over classes, in per cent"),
     "pixel_accuracy": Metric("pixel accuracy", True, "share of labelled pixels whose class is found"),
-    "mean_class_accuracy": Metric("class accuracy", True, "the same within each class, mean over classes"),
-    "boundary_f": Metric("boundary F", True, "F-score of the boundaries of classes, mean over classes"),
+    "boundary_f": Metric("boundary F", True, "F-score of the boundaries of classes, mean over classes and images"),
     **{f"miou_{kind}_{level}": Metric(f"{kind} {level}", True) for kind in WORSE for level in LEVELS},
 }
 
@@ -194,7 +193,7 @@ def _figure(tables: dict[str, pd.DataFrame], model: str, name: str) -> Html | No
     if model not in tables or name not in tables[model].index:
         return None
     value: Any = tables[model].loc[name, "miou"]
-    return tag("b", f" {100 * value:.1f}")
+    return None if pd.isna(value) else tag("b", f" {100 * value:.1f}")
 
 
 def _column(caption: object, *views: Html) -> Html:

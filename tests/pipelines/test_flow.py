@@ -19,8 +19,10 @@ import yaml
 from data.files import sha256
 from pipelines.services import free_port
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from clones import copy_sources
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-ROOT = Path(__file__).parents[2]
 BINARIES = Path(sys.executable).parent
 
 WORK = """
@@ -52,15 +54,7 @@ class Project:
 
     def __init__(self, folder: Path, api: str = "") -> None:
         self.folder = folder
-        listed = subprocess.run(
-            ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        for name in filter(None, listed.stdout.split("\0")):
-            if (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, folder / name)
-        (folder / "dvc.lock").unlink(missing_ok=True)
-        shutil.copy(ROOT / "tests" / "params.yaml", folder / "params.yaml")
+        copy_sources(folder)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
         self.environment = {
             **kept,

@@ -1,5 +1,6 @@
 """The command line of every stage, as a user meets it."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from data.errors import UserError
+from stages.command import errors_told
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("fetch", "prepare", "validate", "teach", "distill", "evaluate", "export", "latency", "parameters")
@@ -32,6 +36,31 @@ def test_outside_the_root_a_user_is_told_where_to_go(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr == "error in fetch mnist: params.yaml is missing · run commands from the root of the project\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("what · where · do"), "error in stage key: what · where · do\n"),
+        (OSError(errno.ENOSPC, "full"), "error in stage key: the disk is full · free some space and run it again\n"),
+        (PermissionError(13, "denied", "file"), "error in stage key: file: denied · mend it, and run it again\n"),
+        (LookupError("known here"), "error in stage key: explained: known here\n"),
+        (KeyboardInterrupt(), ""),
+    ],
+)
+def test_errors_end_in_a_paragraph(error: BaseException, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def explain(error: Exception) -> str | None:
+        return f"explained: {error}" if isinstance(error, LookupError) else None
+
+    with pytest.raises(SystemExit) as ended, errors_told("stage key", explain):
+        raise error
+    assert ended.value.code == (1 if said else 130)
+    assert capsys.readouterr().err == said
+
+
+def test_other_errors_are_not_hidden() -> None:
+    with pytest.raises(LookupError), errors_told("stage key"):
+        raise LookupError("nobody knows")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process together with its parent")

@@ -316,5 +316,22 @@ def test_what_is_missing_is_said(gone: str, told: str) -> None:
     assert told in Reader(Path("reports/index.html").read_text(encoding="utf-8")).text
 
 
+def test_two_data_sets_on_one_page_and_a_task_without_figures() -> None:
+    plain = parameters()
+    plain["tasks"]["recognition"] = {}
+    other = f"{TASK}-other"
+    plain["datasets"]["second"] = plain["datasets"]["tiny"]
+    plain["teachers"][other] = {**plain["teachers"][f"{TASK}-teacher"], "dataset": "second"}
+    write("params.yaml", yaml.safe_dump(plain, sort_keys=False))
+    write_figures("other", 0.1)
+    report.main("")
+    page = Path("reports/index.html").read_text(encoding="utf-8")
+    for dataset in ("tiny", "second"):
+        assert f'href="#{TASK}-{dataset}"' in page
+        assert f'id="{TASK}-{dataset}"' in page
+    assert "no figures for task &#x27;recognition&#x27;" in page
+    assert page.count("IoU by class") == 2
+
+
 def test_the_page_is_the_same_for_the_same_files() -> None:
     assert segmentation.images(group()) == segmentation.images(group())
