@@ -439,13 +439,18 @@ REGIONS = {"train": (0.0, 0.55), "validation": (0.58, 0.77), "test": (0.8, 1.0)}
 ZOOM = (0.75, 1.3)  # size of a window of a photograph, relative to a scene
 WIDEST = 1.4  # of a digit, relative to its height
 STROKE = 0.5  # a pixel carries the digit's label where the stroke covers at least this much of it
-CONTRAST = (0.25, 0.9)  # between a stroke and the mean colour behind it: a distance in RGB in [0, 1]
-OPACITY = (0.75, 1.0)  # of a stroke
-TURN, SHEAR, STRETCH = 15, 0.2, (0.85, 1.2)  # of a digit: degrees to either side, width per height, factor of the width
-LIGHT = (0.6, 1.15)  # brightness of a scene
-GRAIN = 0.04  # largest standard deviation of a scene's noise
+CONTRAST = (0.4, 1.1)  # between a stroke and the mean colour behind it: a distance in RGB in [0, 1]
+OPACITY = (0.85, 1.0)  # of a stroke
+TURN, SHEAR, STRETCH = (
+    10,
+    0.15,
+    (0.85, 1.2),
+)  # of a digit: degrees to either side, width per height, factor of the width
+LIGHT = (0.7, 1.1)  # brightness of a scene
+GRAIN = 0.03  # largest standard deviation of a scene's noise
+PEN = 3  # width in pixels of what every line is drawn again with: bold strokes survive an encoder's stride
 TRIES = 20  # to find a place for a digit
-LOST = 0.3  # of what is there of a class, the share that one more digit may cover
+LOST = 0.15  # of what is there of a class, the share that one more digit may cover
 
 
 def make_scenes(raw: Path, dataset: Any) -> Iterator[Row]:
@@ -580,17 +585,19 @@ def _backdrop(
 
 
 def draw(digit: np.ndarray, height: int, generator: np.random.Generator) -> np.ndarray:
-    """A digit of about `height` pixels, stretched, sheared and turned: (h, w) coverage in [0, 1], without margins."""
-    from PIL import Image
+    """A digit of about `height` pixels, stretched, bold, sheared and turned: (h, w) coverage in [0, 1], trimmed."""
+    from PIL import Image, ImageFilter
 
     box = digit[np.ix_(digit.any(axis=1), digit.any(axis=0))]
     stretched = box.shape[1] / box.shape[0] * generator.uniform(*STRETCH)
-    width = max(round(height * min(stretched, WIDEST)), 3)
+    inner = height - (PEN - 1)
+    width = max(round(inner * min(stretched, WIDEST)), 3)
     turn, shear = math.radians(generator.uniform(-TURN, TURN)), generator.uniform(-SHEAR, SHEAR)
-    upright = Image.fromarray(box).resize((width, height), Image.Resampling.BICUBIC)
+    upright = Image.fromarray(box).resize((width, inner), Image.Resampling.BICUBIC)
     side = 2 * height  # holds it however it is turned
     canvas = Image.new("L", (side, side))
-    canvas.paste(upright, ((side - width) // 2, (side - height) // 2))
+    canvas.paste(upright, ((side - width) // 2, (side - inner) // 2))
+    canvas = canvas.filter(ImageFilter.MaxFilter(PEN))
     a, b = math.cos(turn), math.sin(turn) + shear * math.cos(turn)
     c, d = -math.sin(turn), math.cos(turn) - shear * math.sin(turn)
     middle = side / 2

@@ -190,12 +190,14 @@ class Plain(np.random.Generator):
         return 0.0 if low == -high else 1.0
 
 
-def test_a_digit_that_is_not_turned_is_its_box_at_the_height_asked_for() -> None:
+def test_a_digit_that_is_not_turned_is_its_bold_box_at_the_height_asked_for() -> None:
     digit = np.zeros((28, 28), np.uint8)
     digit[4:24, 6:16] = np.random.default_rng(0).integers(150, 256, (20, 10))
-    expected = np.asarray(Image.fromarray(digit[4:24, 6:16]).resize((10, 20), Image.Resampling.BICUBIC)) / 255
+    inner = np.asarray(Image.fromarray(digit[4:24, 6:16]).resize((9, 18), Image.Resampling.BICUBIC)) / 255
+    padded = np.pad(inner, 2)
+    expected = [[padded[y : y + 3, x : x + 3].max() for x in range(11)] for y in range(20)]
     np.testing.assert_allclose(draw(digit, 20, Plain()), expected, atol=1e-9)
-    assert draw(digit, 30, Plain()).shape == (30, 15)
+    assert draw(digit, 30, Plain()).shape == (30, 16)
 
 
 @settings(deadline=None, max_examples=100)
