@@ -438,8 +438,9 @@ REGIONS = {"train": (0.0, 0.55), "validation": (0.58, 0.77), "test": (0.8, 1.0)}
 """What each split sees of a photograph: shares of its width, mirrored for every second photograph."""
 ZOOM = (0.75, 1.3)  # size of a window of a photograph, relative to a scene
 WIDEST = 1.4  # of a digit, relative to its height
-STROKE = 0.5  # a pixel carries the digit's label where the stroke covers at least this much of it
-CONTRAST = (0.4, 1.1)  # between a stroke and the mean colour behind it: a distance in RGB in [0, 1]
+STROKE = 0.5  # a pixel belongs to a stroke where the stroke covers at least this much of it
+SCRAP = 0.12  # how far the scrap of paper reaches around the stroke, relative to the height of both
+PAPER, INK, TINT = (0.55, 1.0), (0.0, 0.3), 0.08  # lightness, and the spread of the channels around it
 OPACITY = (0.85, 1.0)  # of a stroke
 TURN, SHEAR, STRETCH = (
     10,
@@ -450,11 +451,14 @@ LIGHT = (0.7, 1.1)  # brightness of a scene
 GRAIN = 0.03  # largest standard deviation of a scene's noise
 PEN = 3  # width in pixels of what every line is drawn again with: bold strokes survive an encoder's stride
 TRIES = 20  # to find a place for a digit
-LOST = 0.15  # of what is there of a class, the share that one more digit may cover
+LOST, HIDDEN = 0.15, 0.4  # of what is there of a class, the share that one more scrap should cover, and may
 
 
 def make_scenes(raw: Path, dataset: Any) -> Iterator[Row]:
-    """Handwritten digits over photographs, with the class of every pixel; the same for the same seed.
+    """Scraps of paper over photographs, a handwritten digit on each; the same for the same seed.
+
+    All pixels of a scrap have the class of its digit, all others are background: where a scrap ends is easy to see, what
+    stands on it is not.
 
     Every split has its own digits (each class in proportion to the number of scenes) and its own regions of the
     photographs. A digit is used again only after all others of its split were. The manifest says of a scene: `digits`,
@@ -479,11 +483,11 @@ def make_scenes(raw: Path, dataset: Any) -> Iterator[Row]:
             shown = []
             for _ in range(generator.integers(scenes.digits[0], scenes.digits[1], endpoint=True)):
                 row = next(stream)
-                shown.append(row)
-                stroke = draw(
-                    digits[row], int(generator.integers(scenes.height[0], scenes.height[1], endpoint=True)), generator
-                )
-                _place(canvas, labels, stroke, int(kinds[row]) + 1, generator)
+                high = int(generator.integers(scenes.height[0], scenes.height[1], endpoint=True))
+                margin = max(round(SCRAP * high), 1)
+                stroke = draw(digits[row], high - 2 * margin, generator)
+                if _place(canvas, labels, np.pad(stroke, margin), margin, int(kinds[row]) + 1, generator):
+                    shown.append(row)
             canvas = canvas * generator.uniform(*LIGHT)
             canvas = canvas + generator.normal(0, generator.uniform(0, GRAIN), canvas.shape)
             image = (canvas.clip(0, 1) * 255).round().astype(np.uint8)
@@ -608,35 +612,43 @@ def draw(digit: np.ndarray, height: int, generator: np.random.Generator) -> np.n
 
 
 def _place(
-    canvas: np.ndarray, labels: np.ndarray, stroke: np.ndarray, label: int, generator: np.random.Generator
-) -> None:
-    """Draw a digit into a scene, where it covers little of those that are there, in a colour that can be told apart."""
+    canvas: np.ndarray,
+    labels: np.ndarray,
+    stroke: np.ndarray,
+    margin: int,
+    label: int,
+    generator: np.random.Generator,
+) -> bool:
+    """Put a digit on its scrap into a scene, where it covers little of those that are there; False without such room."""
+    from PIL import Image, ImageFilter
+
     height, width = stroke.shape
-    seen = stroke >= STROKE
+    written = Image.fromarray((stroke >= STROKE).astype(np.uint8))
+    scrap = np.asarray(written.filter(ImageFilter.MaxFilter(2 * margin + 1))) > 0
     counts = np.bincount(labels.ravel(), minlength=256)
     best: tuple[float, tuple[slice, slice]] | None = None
     for _ in range(TRIES):
         top = int(generator.integers(0, labels.shape[0] - height, endpoint=True))
         left = int(generator.integers(0, labels.shape[1] - width, endpoint=True))
         place = (slice(top, top + height), slice(left, left + width))
-        covered = np.bincount(labels[place][seen], minlength=256)
+        covered = np.bincount(labels[place][scrap], minlength=256)
         lost = float((covered[1:] / np.maximum(counts[1:], 1)).max())
         if best is None or lost < best[0]:
             best = (lost, place)
         if lost <= LOST:
             break
     assert best is not None
-    place = best[1]
-    under = canvas[place]
-    behind = under[seen].mean(axis=0)
-    direction = generator.normal(size=3)
-    step = generator.uniform(*CONTRAST) * direction / np.linalg.norm(direction)
-    # Of the two directions the one with more room in [0, 1].
-    colours = (behind + np.stack([step, -step])).clip(0, 1)
-    colour = colours[np.argmax(np.linalg.norm(colours - behind, axis=1))]
+    lost, place = best
+    if lost > HIDDEN:
+        return False
+    paper, ink = (
+        (generator.uniform(*lightness) + generator.normal(0, TINT, 3)).clip(0, 1) for lightness in (PAPER, INK)
+    )
+    under = np.where(scrap[..., None], paper, canvas[place])
     cover = (stroke * generator.uniform(*OPACITY))[..., None]
-    canvas[place] = under * (1 - cover) + colour * cover
-    labels[place][seen] = label
+    canvas[place] = under * (1 - cover) + ink * cover
+    labels[place][scrap] = label
+    return True
 
 
 # What is validated

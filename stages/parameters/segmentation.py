@@ -13,14 +13,14 @@ Place = Annotated[str, Field(pattern=r"^(last|stage[1-9])$")]
 
 
 class Scenes(Section):
-    """How many scenes are made per split; the fewest and most digits in each, their least and largest height in pixels
-    (before they are turned), and the seed."""
+    """How many scenes are made per split; the fewest and most digits in each (one that finds no room is left out), their
+    least and largest height in pixels (with their paper, before they are turned), and the seed."""
 
     train: Positive
     validation: Positive
     test: Positive
     digits: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [2, 3]
-    height: Annotated[list[Annotated[Whole, Field(ge=8)]], Field(min_length=2, max_length=2)] = [24, 32]
+    height: Annotated[list[Annotated[Whole, Field(ge=12)]], Field(min_length=2, max_length=2)] = [24, 32]
     seed: Count = 0
 
     @model_validator(mode="after")

@@ -71,7 +71,7 @@ def dataset(**scenes: Any) -> Dataset:
             "size": [32, 36],
             "digits": "digits.csv",
             "backgrounds": ["a b.png", "c.jpg"],
-            "scenes": {**COUNTS, "digits": [1, 3], "height": [9, 16], **scenes},
+            "scenes": {**COUNTS, "digits": [1, 3], "height": [12, 16], **scenes},
         }
     )
 
@@ -144,7 +144,7 @@ def test_a_scene_shows_the_window_that_the_manifest_names(raw: Path) -> None:
     ramp[..., 0] = np.arange(200)
     ramp[..., 1] = 100
     Image.fromarray(ramp).save(raw / "a b.png")
-    entry = dataset(digits=[1, 1], height=[8, 8]).model_copy(update={"backgrounds": ["a b.png"]})
+    entry = dataset(digits=[1, 1], height=[12, 12]).model_copy(update={"backgrounds": ["a b.png"]})
     for row in make_scenes(raw, entry):
         _, _, left, _, right = row.columns["region"].rsplit(" ", 4)
         means = np.ma.masked_array(row.image[..., 0], row.labels > 0).mean(axis=0)
@@ -263,8 +263,8 @@ def test_a_photograph_that_is_too_small_is_named_with_what_is_needed(raw: Path, 
     ("scenes", "message"),
     [
         ({"digits": [3, 2]}, "digits must be [lowest, highest], got [3, 2]"),
-        ({"height": [12, 9]}, "height must be [lowest, highest], got [12, 9]"),
-        ({"height": [9, 17]}, "'scenes.height' may reach half of the smaller side of 'size' [32, 36], got [9, 17]"),
+        ({"height": [14, 12]}, "height must be [lowest, highest], got [14, 12]"),
+        ({"height": [12, 17]}, "'scenes.height' may reach half of the smaller side of 'size' [32, 36], got [12, 17]"),
     ],
 )
 def test_contradictions_are_refused(scenes: dict[str, Any], message: str) -> None:
