@@ -457,8 +457,8 @@ LOST, HIDDEN = 0.15, 0.4  # of what is there of a class, the share that one more
 def make_scenes(raw: Path, dataset: Any) -> Iterator[Row]:
     """Scraps of paper over photographs, a handwritten digit on each; the same for the same seed.
 
-    All pixels of a scrap have the class of its digit, all others are background: where a scrap ends is easy to see, what
-    stands on it is not.
+    All pixels of a scrap have the class of its digit, all others are background: where a scrap ends is easy to see,
+    what stands on it is not.
 
     Every split has its own digits (each class in proportion to the number of scenes) and its own regions of the
     photographs. A digit is used again only after all others of its split were. The manifest says of a scene: `digits`,
@@ -619,7 +619,7 @@ def _place(
     label: int,
     generator: np.random.Generator,
 ) -> bool:
-    """Put a digit on its scrap into a scene, where it covers little of those that are there; False without such room."""
+    """Put a digit on its scrap into a scene, where it covers little of what is there; False without such room."""
     from PIL import Image, ImageFilter
 
     height, width = stroke.shape
