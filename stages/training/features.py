@@ -66,13 +66,16 @@ class _ChannelDivergence(torch.autograd.Function):
         last = student.dim() == 4 and student.is_contiguous(memory_format=torch.channels_last)
         g, f = (x.permute(0, 2, 3, 1).flatten(1, 2) if last else x.flatten(2) for x in (student, teacher))
         positions = 1 if last else 2
-        g, f = (x - x.amax(positions, keepdim=True) for x in (g, f))
-        q, p = ((x / temperature).exp_() for x in (g, f))
+        f = f - f.amax(positions, keepdim=True)
+        p = (f / temperature).exp_()
+        g = g - g.amax(positions, keepdim=True)
+        f.sub_(g)
+        q = g.div_(temperature).exp_()
         q_sum, p_sum = (x.sum(positions, keepdim=True) for x in (q, p))
         q.div_(q_sum)
         p.div_(p_sum)
         # Large terms cancel: within a channel first.
-        expected = f.sub_(g).mul_(p).sum(positions, keepdim=True)
+        expected = f.mul_(p).sum(positions, keepdim=True)
         total = (expected / temperature + (q_sum.log() - p_sum.log())).sum()
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             gradient = q.sub_(p).mul_(temperature / channels)
