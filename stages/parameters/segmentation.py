@@ -13,8 +13,8 @@ Place = Annotated[str, Field(pattern=r"^(last|stage[1-9])$")]
 
 
 class Scenes(Section):
-    """How many scenes are made per split; the fewest and most digits in each (one that finds no room is left out); their
-    least and largest height in pixels, with their paper and before they are turned; and the seed.
+    """How many scenes are made per split; the fewest and most digits in each (one that finds no room is left out);
+    their least and largest height in pixels, with their paper and before they are turned; and the seed.
     """
 
     train: Positive
