@@ -299,7 +299,7 @@ def read_folders(raw: Path, dataset: Any) -> tuple[list[str], list[File]]:
         folders = [raw / name for name in names if (raw / name).is_dir()]
         if len(folders) != 1:
             found = ", ".join(sorted(path.name for path in raw.iterdir())) or "nothing"
-            raise UserError(f"{raw} must hold one folder {' or '.join(names)}, but holds {found}")
+            raise UserError(f"{raw} must hold one folder {' or '.join(names)}, but holds {found} · complete the source")
         images, labels = _by_stem(folders[0] / "images"), _by_stem(folders[0] / "labels")
         _same_names(images, labels, folders[0] / "images", folders[0] / "labels")
         files += [File(f"{split}/{name}", split, path, labels[name], values) for name, path in images.items()]
@@ -312,7 +312,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
         raise UserError(f"the folder {folder} is missing · {{train,val,test}}/{{images,labels}} is expected")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not path.name.startswith("."):
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in found:
                 raise UserError(f"{found[name]} and {path} have one name, {name!r} · labels could belong to either")
@@ -439,8 +439,18 @@ REGIONS = {"train": (0.0, 0.55), "validation": (0.58, 0.77), "test": (0.8, 1.0)}
 ZOOM = (0.75, 1.3)  # size of a window of a photograph, relative to a scene
 WIDEST = 1.4  # of a digit, relative to its height
 STROKE = 0.5  # a pixel carries the digit's label where the stroke covers at least this much of it
+CONTRAST = (0.4, 1.1)  # between a stroke and the mean colour behind it: a distance in RGB in [0, 1]
+OPACITY = (0.85, 1.0)  # of a stroke
+TURN, SHEAR, STRETCH = (
+    10,
+    0.15,
+    (0.85, 1.2),
+)  # of a digit: degrees to either side, width per height, factor of the width
+LIGHT = (0.7, 1.1)  # brightness of a scene
+GRAIN = 0.03  # largest standard deviation of a scene's noise
+PEN = 3  # width in pixels of what every line is drawn again with: bold strokes survive an encoder's stride
 TRIES = 20  # to find a place for a digit
-LOST = 0.3  # of what is there of a class, the share that one more digit may cover
+LOST = 0.15  # of what is there of a class, the share that one more digit may cover
 
 
 def make_scenes(raw: Path, dataset: Any) -> Iterator[Row]:
@@ -474,8 +484,8 @@ def make_scenes(raw: Path, dataset: Any) -> Iterator[Row]:
                     digits[row], int(generator.integers(scenes.height[0], scenes.height[1], endpoint=True)), generator
                 )
                 _place(canvas, labels, stroke, int(kinds[row]) + 1, generator)
-            canvas = canvas * generator.uniform(0.6, 1.15)
-            canvas = canvas + generator.normal(0, generator.uniform(0, 0.04), canvas.shape)
+            canvas = canvas * generator.uniform(*LIGHT)
+            canvas = canvas + generator.normal(0, generator.uniform(0, GRAIN), canvas.shape)
             image = (canvas.clip(0, 1) * 255).round().astype(np.uint8)
             columns = {"digits": " ".join(map(str, shown)), "region": region}
             yield Row(f"{split}/{index:05d}", split, (height, width), image, labels, columns)
@@ -575,17 +585,19 @@ def _backdrop(
 
 
 def draw(digit: np.ndarray, height: int, generator: np.random.Generator) -> np.ndarray:
-    """A digit of about `height` pixels, stretched, sheared and turned: (h, w) coverage in [0, 1], without margins."""
-    from PIL import Image
+    """A digit of about `height` pixels, stretched, bold, sheared and turned: (h, w) coverage in [0, 1], trimmed."""
+    from PIL import Image, ImageFilter
 
     box = digit[np.ix_(digit.any(axis=1), digit.any(axis=0))]
-    stretched = box.shape[1] / box.shape[0] * generator.uniform(0.85, 1.2)
-    width = max(round(height * min(stretched, WIDEST)), 3)
-    turn, shear = math.radians(generator.uniform(-15, 15)), generator.uniform(-0.2, 0.2)
-    upright = Image.fromarray(box).resize((width, height), Image.Resampling.BICUBIC)
+    stretched = box.shape[1] / box.shape[0] * generator.uniform(*STRETCH)
+    inner = height - (PEN - 1)
+    width = max(round(inner * min(stretched, WIDEST)), 3)
+    turn, shear = math.radians(generator.uniform(-TURN, TURN)), generator.uniform(-SHEAR, SHEAR)
+    upright = Image.fromarray(box).resize((width, inner), Image.Resampling.BICUBIC)
     side = 2 * height  # holds it however it is turned
     canvas = Image.new("L", (side, side))
-    canvas.paste(upright, ((side - width) // 2, (side - height) // 2))
+    canvas.paste(upright, ((side - width) // 2, (side - inner) // 2))
+    canvas = canvas.filter(ImageFilter.MaxFilter(PEN))
     a, b = math.cos(turn), math.sin(turn) + shear * math.cos(turn)
     c, d = -math.sin(turn), math.cos(turn) - shear * math.sin(turn)
     middle = side / 2
@@ -618,11 +630,11 @@ def _place(
     under = canvas[place]
     behind = under[seen].mean(axis=0)
     direction = generator.normal(size=3)
-    step = generator.uniform(0.25, 0.9) * direction / np.linalg.norm(direction)
+    step = generator.uniform(*CONTRAST) * direction / np.linalg.norm(direction)
     # Of the two directions the one with more room in [0, 1].
     colours = (behind + np.stack([step, -step])).clip(0, 1)
     colour = colours[np.argmax(np.linalg.norm(colours - behind, axis=1))]
-    cover = (stroke * generator.uniform(0.75, 1.0))[..., None]
+    cover = (stroke * generator.uniform(*OPACITY))[..., None]
     canvas[place] = under * (1 - cover) + colour * cover
     labels[place][seen] = label
 

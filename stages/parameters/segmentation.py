@@ -19,8 +19,8 @@ class Scenes(Section):
     train: Positive
     validation: Positive
     test: Positive
-    digits: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [3, 6]
-    height: Annotated[list[Annotated[Whole, Field(ge=8)]], Field(min_length=2, max_length=2)] = [18, 40]
+    digits: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [2, 3]
+    height: Annotated[list[Annotated[Whole, Field(ge=8)]], Field(min_length=2, max_length=2)] = [24, 32]
     seed: Count = 0
 
     @model_validator(mode="after")
