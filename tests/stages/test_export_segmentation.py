@@ -35,7 +35,7 @@ def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     network = {**HEADS[request.param], "encoder": ENCODER, "width": 4, "auxiliary": 3, "dropout": 0.1}
     common = {"task": "segmentation", "dataset": "x"}
-    parameters = {
+    parameters: dict[str, Any] = {
         "sources": {"x": {"kind": "folder", "path": ".", "tree_digest": "0" * 64, "licence": "-", "credit": "-"}},
         "datasets": {"x": {"task": "segmentation", "source": "x", "format": "folders", "size": SIZE}},
         "teachers": {"big": {**common, "network": network}},

@@ -18,7 +18,6 @@ from models.artifacts import Description, load_model, save_model
 from models.segmentation import build
 from stages.distill import alone, kd
 from stages.parameters import segmentation as schema
-from stages.parameters.shared import Section
 from stages.teach.segmentation import IMAGENET, Segmentation, for_student, for_teacher, pixel_cross_entropy
 from stages.training import Context, Run
 from stages.training.fit import describe
@@ -60,7 +59,7 @@ def run() -> Run:
 
 def student(method: str = "alone", training: dict[str, Any] | None = None, **fields: Any) -> Any:
     base = {"task": "segmentation", "dataset": "x", "method": method, "teacher": "none" if method == "alone" else "big"}
-    kind: type[Section] = {"alone": schema.Alone, "kd": schema.KD}[method]
+    kind: Any = {"alone": schema.Alone, "kd": schema.KD}[method]
     return kind.model_validate({**base, "network": NETWORK, "training": {**TRAINING, **(training or {})}, **fields})
 
 
@@ -320,13 +319,17 @@ def test_an_encoder_takes_the_weights_of_torchvision(
             "interface": {"classes": CLASSES, "channels": 3, "mean": [0.0], "std": [1.0]},
         }
     )
-    state = {**theirs.backbone.state_dict(), "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    state = {
+        **theirs.get_submodule("backbone").state_dict(),
+        "fc.weight": torch.zeros(1000, 512),
+        "fc.bias": torch.zeros(1000),
+    }
     file = tmp_path / "resnet18.pth"
     torch.save(state, file)
     monkeypatch.setenv("WEIGHTS", str(tmp_path))
     entry = student(network=encoder(Path("$WEIGHTS/resnet18.pth"), sha256(file)))
     task = for_student(entry, prepared, run, None)
-    own = task.student.encoder.state_dict()
+    own = task.student.get_submodule("encoder").state_dict()
     assert torch.equal(own["stage3.0.shortcut.0.weight"], state["layer3.0.downsample.0.weight"])
     assert torch.equal(own["stem.0.weight"], state["conv1.weight"])
     assert (task.interface["mean"], task.interface["std"]) == IMAGENET
