@@ -203,7 +203,7 @@ def test_every_weight_of_torchvision_has_a_place(model: str) -> None:
         widths = [64, 128, 256, 512] if small else [256, 512, 1024, 2048]
         blocks = [3, 4, 6, 3] if small else [3, 4, 23, 3]
         ours = Encoder(3, widths, blocks, "basic" if small else "bottleneck", "wide")
-    state = {Encoder.own_key(key): value.shape for key, value in theirs.backbone.state_dict().items()}
+    state = {Encoder.own_key(key): value.shape for key, value in theirs.get_submodule("backbone").state_dict().items()}
     assert state == {key: value.shape for key, value in ours.state_dict().items()}
 
 

@@ -266,7 +266,7 @@ def test_sums_over_images_give_the_figure_of_the_split(prepared: Path) -> None:
 
 
 def test_disturbed_images_are_what_the_network_is_shown(prepared: Path) -> None:
-    settings = {"noise": [0.1, 0.3], "blur": [2.0], "darkness": [0.5, 0.2, 0.1], "batch": 3}
+    settings: dict[str, Any] = {"noise": [0.1, 0.3], "blur": [2.0], "darkness": [0.5, 0.2, 0.1], "batch": 3}
     result, network = run(prepared, **settings)
     names = ["miou_noise_1", "miou_noise_2", "miou_blur_1", "miou_darkness_1", "miou_darkness_2", "miou_darkness_3"]
     assert list(result.metrics) == ["miou", "pixel_accuracy", "boundary_f", *names]
