@@ -20,69 +20,10 @@ import yaml
 from data.files import sha256
 
 sys.path.insert(0, str(Path(__file__).parent))
-from clones import ROOT, copy_sources
+from clones import ROOT, Project, copy_tree, refusal
 
 pytestmark = pytest.mark.slow
 STUDENTS = ("recognition-horkd", "recognition-kd", "recognition-alone")
-
-
-class Project:
-    """A folder with the project in it, and the commands that its user types."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        binaries = str(Path(sys.executable).parent)
-        self.environment = {
-            **os.environ,
-            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-            "DVC_NO_ANALYTICS": "true",
-            **{
-                f"GIT_{role}_{what}": "test@example.org"
-                for role in ("AUTHOR", "COMMITTER")
-                for what in ("NAME", "EMAIL")
-            },
-        }
-
-    def run(self, *command: str, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env={**self.environment, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        if code is not None:
-            assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
-        return done
-
-    def stage(self, *arguments: str, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        return self.run(sys.executable, "-m", *arguments, code=code, **environment)
-
-    def stale(self) -> set[str]:
-        return set(json.loads(self.run("dvc", "status", "--json").stdout))
-
-    def edit(self, change: Callable[[dict], object]) -> None:
-        parameters = yaml.safe_load(self.path("params.yaml").read_text())
-        change(parameters)
-        self.path("params.yaml").write_text(yaml.safe_dump(parameters, sort_keys=False))
-
-    def path(self, *parts: str) -> Path:
-        return self.folder.joinpath(*parts)
-
-    def commit(self, message: str) -> None:
-        self.run("git", "add", "-A")
-        self.run("git", "commit", "-qm", message)
-
-
-def copy_tree(target: Path) -> Project:
-    """A repository of its own with the sources."""
-    copy_sources(target)
-    project = Project(target)
-    project.run("git", "init", "-q")
-    project.commit("start")
-    return project
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +42,6 @@ def project(made: Project) -> Iterator[Project]:
     made.run("git", "checkout", "-q", "--", ".")
     made.run("git", "clean", "-fdq", "-e", "reports")
     made.run("dvc", "checkout", "-q", "--force")
-
-
-def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    """The one paragraph of a refusal: exit code 1, no traceback."""
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    text = done.stderr.strip()
-    assert "\n\n" not in text
-    assert text.startswith("error in "), text
-    return text
 
 
 def test_a_second_run_does_nothing(project: Project) -> None:
