@@ -133,7 +133,7 @@ def change(name: str, **values: Any) -> Callable[[dict], object]:
         ({"noise": {"std": -1}}, r"students.segmentation-gdd.noise.std: must be >= 0, got -1"),
         ({"noise": {"kind": "poisson"}}, r"students.segmentation-gdd.noise.kind"),
         ({"places": [{"student": "stage1"}]}, r"\(8, 4, 14, 14\).*\(8, 24, 7, 7\).*places\[0\]"),
-        ({"places": [{"student": "stage7"}]}, r"places\[0\].*stage7"),
+        ({"places": [{"student": "stage7"}]}, r"no place .stage7.*places\[0\].student"),
         ({"weight": -1}, r"students.segmentation-gdd.weight: must be >= 0, got -1"),
         ({"training": {"augment": {"crop": [128, 128]}}}, r"training.augment.crop: must fit into the images"),
         ({"training": {"batch": 1000}}, r"lower training.batch"),

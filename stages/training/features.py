@@ -6,6 +6,7 @@ temperature.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -179,13 +180,13 @@ class FeatureMethod(Method):
         self.streams = task.streams()
         task.optimize(self, "student", trained)
 
+    @abstractmethod
     def adapter(self, student: int, teacher: int) -> nn.Module:
         """What exists only in training, for one pair of maps of these widths."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compare(self, adapter: Any, student: Tensor, teacher: Tensor, context: Context) -> Tensor:
         """The loss of one pair of maps; runs under autocast."""
-        raise NotImplementedError
 
     def step(self, context: Context) -> Mapping[str, Tensor]:
         task, weights = self._task, self.weights

@@ -1,5 +1,6 @@
 """What a method offers to the loop, and what the loop offers to a method."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from stages.training.run import Run
 from stages.training.streams import Stream, derive_seed
 
 
-class Method:
+class Method(ABC):
     """How a student learns. One instance per process, built alike in all of them.
 
     How the five methods use it:
@@ -47,9 +48,9 @@ class Method:
         self.streams: dict[str, Stream] = {}
         self.clip: dict[str, float] = {}
 
+    @abstractmethod
     def step(self, context: "Context") -> Mapping[str, Tensor]:
         """One outer iteration: draws its own batches, updates, and returns named scalars, each at least finite."""
-        raise NotImplementedError
 
     @property
     def student(self) -> nn.Module:
@@ -60,7 +61,7 @@ class Method:
         """What is no module, optimiser or stream, and must survive a restart. Usually nothing."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most methods have nothing to restore
         """The counterpart of `state`."""
 
 
