@@ -15,7 +15,7 @@ class Learner(FeatureMethod):
     """The task's own objective + weight * channel-wise KL of class logits, or of aligned feature maps, summed."""
 
     def __init__(self, task: Task, parameters: CWD, run: Run) -> None:
-        features = parameters.on == "features"
+        features = parameters.compare == "features"
         super().__init__(
             task,
             run,

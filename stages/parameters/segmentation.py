@@ -290,13 +290,13 @@ class GDD(AnyStudent):
 
 
 class CWD(AnyStudent):
-    """Channel-wise KL of logits, or (`on: features`) of the maps of `places` behind an align layer.
+    """Channel-wise KL of logits, or (`compare: features`) of the maps of `places` behind an align layer.
 
     On features `weight` is usually 35 to 40.
     """
 
     method: Literal["cwd"]
-    on: Literal["logits", "features"] = "logits"
+    compare: Literal["logits", "features"] = "logits"
     weight: Weight = 3.0
     temperature: Rate = 4.0
     places: Pairs = [Pair()]
