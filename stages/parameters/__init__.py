@@ -27,7 +27,9 @@ Entry = TypeVar("Entry")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, and no key twice: the later of two students of one name would silently win."""
+    """YAML as DVC reads it (1.2: `on`, `off`, `yes` and `no` are words), and no key twice: the later of two students of
+    one name would silently win.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -39,6 +41,13 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
 
 
 @dataclass(frozen=True)
@@ -235,7 +244,7 @@ def _contradictions(parameters: Parameters) -> list[str]:
                 f"{path}.dataset: unknown data set {model.dataset!r} of task {model.task}; "
                 f"{suggest(model.dataset, known)}"
             )
-        elif isinstance(model, Student):
+        else:
             pairs = schema(model.task).conflicts(model, parameters.datasets[model.dataset])
             mistakes.extend(f"{path}.{field}: {what}" for field, what in pairs)
         if isinstance(model, Student):

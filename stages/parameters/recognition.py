@@ -190,14 +190,14 @@ class Gates(shared.Gates):
     metric: Literal["top_1", "recall_at_1"] = "top_1"
 
 
-def conflicts(student: AnyStudent, dataset: Dataset) -> list[tuple[str, str]]:
-    """Contradictions between a student and its data set, as (field of the student, what is wrong)."""
-    if student.resolution > dataset.size:
+def conflicts(model: Teacher | AnyStudent, dataset: Dataset) -> list[tuple[str, str]]:
+    """Contradictions between a model and its data set, as (field of the model, what is wrong)."""
+    if isinstance(model, AnyStudent) and model.resolution > dataset.size:
         return [
             (
                 "resolution",
-                f"must be at most the size of its images, datasets.{student.dataset}.size = {dataset.size}, "
-                f"got {student.resolution}",
+                f"must be at most the size of its images, datasets.{model.dataset}.size = {dataset.size}, "
+                f"got {model.resolution}",
             )
         ]
     return []

@@ -9,6 +9,7 @@ from stages.parameters.shared import Count, Positive, Rate, Real, Section, Share
 
 Side = Annotated[Whole, Field(ge=16)]
 Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
+Strengths = Annotated[list[Rate], Field(min_length=3, max_length=3)]
 Place = Annotated[str, Field(pattern=r"^(last|stage[1-9])$")]
 
 
@@ -88,6 +89,10 @@ class Dataset(shared.Dataset):
             raise ValueError(f"format {self.format!r} takes no {', '.join(map(repr, extra))}")
         if self.ignore is not None and self.format != "folders":
             raise ValueError(f"format {self.format!r} takes no 'ignore': it is known")
+        if "split_seed" in self.model_fields_set and self.validation is None:
+            raise ValueError(f"format {self.format!r} takes no 'split_seed': its split is given")
+        if "fit" in self.model_fields_set and self.format == "scenes":
+            raise ValueError("format 'scenes' takes no 'fit': they are made in their size")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("'classes' names a class twice")
         if self.scenes is not None and 2 * self.scenes.height[1] > min(self.size):
@@ -121,6 +126,8 @@ class ResNet(Section):
     def _pinned(self) -> "ResNet":
         if (self.weights is None) != (self.sha256 is None):
             raise ValueError("'weights' and 'sha256' go together: a file is taken only if it is what is pinned")
+        if self.weights is not None and self.stem != "wide":
+            raise ValueError(f"'weights' are torchvision's, whose stem is 'wide', not {self.stem!r}")
         if self.block == "bottleneck" and any(width % 4 for width in self.widths):
             raise ValueError("bottleneck blocks need 'widths' that 4 divides")
         return self
@@ -154,9 +161,10 @@ Network = Annotated[PSPNet | DeepLabV3, Field(discriminator="name")]
 class Augment(Section):
     """Shared by teacher and student: both see the same pixels.
 
-    `scale` are the bounds of a random zoom; `crop` is [height, width] of a random window (the whole image by default),
-    drawn again while one class covers more than `crowded` of it; `flip` mirrors half of the images left to right;
-    `photometric` is the strength of random changes of brightness, contrast, saturation and hue.
+    `scale` are the bounds of a random zoom; `crop` is [height, width] of a random window (the whole image by default).
+    Where either is set, a window is drawn again, ten times at most, while one class covers more than `crowded` of its
+    labelled pixels or none has a label. `flip` mirrors half of the images left to right; `photometric` is the strength
+    of random changes of brightness, contrast, saturation and hue.
     """
 
     scale: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [1.0, 1.0]
@@ -264,7 +272,9 @@ Pairs = Annotated[list[Pair], Field(min_length=1)]
 
 
 class Noise(Section):
-    """`std: 0` is the generator without noise. `shared`: one map for all channels; `independent`: one per channel."""
+    """`std: 0` is the generator without noise, whatever mode and kind say. `shared`: one map for all channels;
+    `independent`: one per channel.
+    """
 
     mode: Literal["shared", "independent"] = "shared"
     kind: Literal["gaussian", "uniform", "laplace"] = "gaussian"
@@ -301,6 +311,12 @@ class CWD(AnyStudent):
     temperature: Rate = 4.0
     places: Pairs = [Pair()]
 
+    @model_validator(mode="after")
+    def _places_of_features(self) -> "CWD":
+        if self.compare == "logits" and "places" in self.model_fields_set:
+            raise ValueError("'places' are those of features: with 'compare: logits' there are none")
+        return self
+
 
 class MGD(AnyStudent):
     """Squared error between the teacher's feature maps and those generated from the student's masked ones.
@@ -334,9 +350,9 @@ class Task(shared.Task):
     batch: Positive = 16
     threads: Positive = 1
     boundary: Positive = 2
-    noise: list[Rate] = [0.05, 0.1, 0.2]
-    blur: list[Rate] = [0.75, 1.5, 3.0]
-    darkness: list[Annotated[Real, Field(gt=0, lt=1)]] = [0.6, 0.4, 0.2]
+    noise: Strengths = [0.05, 0.1, 0.2]
+    blur: Strengths = [0.75, 1.5, 3.0]
+    darkness: Annotated[list[Annotated[Real, Field(gt=0, lt=1)]], Field(min_length=3, max_length=3)] = [0.6, 0.4, 0.2]
 
 
 class Gates(shared.Gates):
@@ -345,14 +361,14 @@ class Gates(shared.Gates):
     metric: Literal["miou", "pixel_accuracy"] = "miou"
 
 
-def conflicts(student: AnyStudent, dataset: Dataset) -> list[tuple[str, str]]:
-    """Contradictions between a student and its data set, as (field of the student, what is wrong)."""
-    crop = student.training.augment.crop
+def conflicts(model: Teacher | AnyStudent, dataset: Dataset) -> list[tuple[str, str]]:
+    """Contradictions between a model and its data set, as (field of the model, what is wrong)."""
+    crop = model.training.augment.crop
     if crop is not None and (crop[0] > dataset.size[0] or crop[1] > dataset.size[1]):
         return [
             (
                 "training.augment.crop",
-                f"must fit into the images, datasets.{student.dataset}.size = {dataset.size}, got {crop}",
+                f"must fit into the images, datasets.{model.dataset}.size = {dataset.size}, got {crop}",
             )
         ]
     return []

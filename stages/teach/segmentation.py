@@ -77,17 +77,11 @@ class Segmentation(Task):
             self.teacher = self._place(teacher[0])
         self.steps = self.steps_per_epoch = 0
         if trains:
-            self._require_crop_inside(description["size"])
             try:
                 self.steps_per_epoch = self._stream().batches(run.world)
             except ValueError as error:
                 raise UserError(f"{error} ({prepared}, training split) · lower training.batch") from None
             self.steps = training.epochs * self.steps_per_epoch
-
-    def _require_crop_inside(self, size: list[int]) -> None:
-        crop = self._training.augment.crop
-        if crop is not None and (crop[0] > size[0] or crop[1] > size[1]):
-            raise UserError(f"training.augment.crop = {crop} must fit into the images, which have {size}")
 
     def _place(self, network: nn.Module) -> nn.Module:
         return network.to(self._run.device, self._run.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -195,7 +189,7 @@ def adopt_encoder(network: models.Segmenter, encoder: ResNet) -> None:
     """
     file = expand_path(str(encoder.weights), "network.encoder.weights")
     state = {models.Encoder.own_key(key): value for key, value in read_outside_state(file, str(encoder.sha256)).items()}
-    what = f"{encoder.weights} does not fit network.encoder = {encoder.model_dump()} (torchvision's have `stem: wide`)"
+    what = f"{encoder.weights} does not fit network.encoder = {encoder.model_dump()}"
     load_weights(network.encoder, {key: value for key, value in state.items() if key is not None}, what)
 
 
