@@ -22,6 +22,7 @@ Taught = tuple[nn.Module, Description]
 
 # Mean and spread per channel that torchvision's weights were trained behind (its documentation of every ResNet).
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+RESIZE = "bilinear with antialiasing"
 # While a model is watched, this many pixels go through it at once.
 PIXELS = 2**18
 
@@ -59,6 +60,8 @@ class Segmentation(Task):
             "size": description["size"],
             "mean": mean,
             "std": std,
+            "fit": description["fit"],
+            "resize": RESIZE,
         }
         self.source = description["source"]
         self.seed, self.clip = training.seed, training.clip
