@@ -145,8 +145,7 @@ class Segmentation(Task):
         some = max(1, PIXELS // (images.shape[-2] * images.shape[-1]))
         with torch.inference_mode():
             for part, truth in zip(images.split(some), labels.split(some), strict=True):
-                logits = network(self._fit(data.to_unit(part.to(self._run.device)))).logits
-                found = models.upsample(logits.float(), truth.shape[-2:]).argmax(1).cpu()
+                found = models.classify(network, self._fit(data.to_unit(part.to(self._run.device)))).cpu()
                 counts += models.confusion(truth, found, classes, data.IGNORE).sum(0)
         right = counts.diagonal().sum() / counts.sum()
         return {"miou": models.mean_iou(counts).item(), "pixel_accuracy": right.item()}

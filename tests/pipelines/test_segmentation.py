@@ -209,20 +209,6 @@ def test_the_served_file_imports_nothing_of_the_project() -> None:
 # Evaluation
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(2, 6), st.integers(0, 999))
-def test_overlaps_are_counted_per_image_and_class(images: int, classes: int, seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    truth, prediction = generator.integers(0, classes, (2, images, 5, 4)).astype(np.uint8)
-    truth[generator.random(truth.shape) < 0.2] = 255
-    found = segmentation.overlaps(truth, prediction.astype(np.int64), classes)
-    assert found.shape == (images, 2, classes)
-    for index in range(images):
-        for label in range(classes):
-            one, other = truth[index] == label, (prediction[index] == label) & (truth[index] != 255)
-            assert found[index, :, label].tolist() == [(one & other).sum(), (one | other).sum()]
-
-
 def test_an_onnx_file_is_evaluated_as_the_stage_does(tmp_path: Path) -> None:
     usual(tmp_path, SmallSegmentation).write()
     exported = tmp_path / f"models/exported/{TASK}/best"
@@ -231,6 +217,17 @@ def test_an_onnx_file_is_evaluated_as_the_stage_does(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / f"reports/evaluation/{TASK}/best.samples.csv")
     wanted = table[table["split"] == "test"].reset_index(drop=True)
     pd.testing.assert_frame_equal(found[sorted(found)], wanted[sorted(found)], check_dtype=False)
+
+
+def test_a_label_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
+    usual(tmp_path, SmallSegmentation).write()
+    exported, prepared = tmp_path / f"models/exported/{TASK}/best", tmp_path / f"data/prepared/{TASK}/tiny"
+    description = json.loads((exported / "model.json").read_text())
+    labels = np.load(prepared / "labels.npy")
+    labels[-1, 0, 0] = len(CLASSES)
+    np.save(prepared / "labels.npy", labels)
+    with pytest.raises(ValueError, match=r"below 3 or 255, found .*3"):
+        segmentation.evaluate(exported / "model.onnx", description, prepared)
 
 
 # Promotion
