@@ -8,8 +8,9 @@ A prepared data set is a folder:
                     the image's pixels, labels_sha256 of its labels, mean and spread (standard deviation) of its pixels
                     in [0, 1] without padding, and the share of pixels that are ignored; for scenes also what they are
                     made of (see `Scene`)
-    dataset.json    classes, size [H, W], channels, mean and std per channel of the training split (without padding),
-                    samples per split, pixels per class of the training split
+    dataset.json    classes, size [H, W], fit (how an image was brought to that size, see `read`), channels, mean and
+                    std per channel of the training split (without padding), samples per split, pixels per class of
+                    the training split
 
 Both arrays are written and read row by row: a data set need not fit into memory.
 """
@@ -138,6 +139,8 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
         {
             "classes": classes,
             "size": [height, width],
+            # Scenes are made at that size.
+            "fit": "resize" if dataset.format == "scenes" else dataset.fit,
             "channels": 3,
             "mean": mean.tolist(),
             # A channel that never changes would be divided by zero.
@@ -255,6 +258,8 @@ def _ranges(values: np.ndarray) -> str:
 def read(file: File, size: tuple[int, int], fit: str) -> Row:
     """Read an image with its labels and bring both to `size`.
 
+    A served student does the same with a caller's image (`pipelines.serving.segmentation`).
+
     Args:
         fit: `resize`, or `pad`: only reduced, with its proportions, if it is larger than `size` (height, width).
 
@@ -277,7 +282,7 @@ def read(file: File, size: tuple[int, int], fit: str) -> Row:
         height, width = (max(round(side * scale), 1) for side in original)
     if (height, width) != original:
         # Pillow widens the filter when it reduces, and both are aligned by the centres of pixels.
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
         labels = np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
     return Row(file.id, file.split, original, image, labels)
 

@@ -30,7 +30,8 @@ class Description:
     Attributes:
         name, task, kind: kind is "teacher" or "student".
         network: what `models.<task>.build` makes it from.
-        interface: what goes in and comes out; for recognition: classes, channels, resolution, mean, std, resize.
+        interface: what goes in and comes out: classes, channels, mean, std, resize; for recognition resolution, for
+            segmentation size and fit.
         recipe: its entry in params.yaml, defaults filled in.
         dataset: name and digest of the data it was trained and evaluated on.
         teacher: name and weights_sha256, or None.

@@ -192,6 +192,15 @@ def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
 
 
+def classify(network: nn.Module, images: Tensor) -> Tensor:
+    """(B, H, W) int64: the class of every pixel of (B, 3, H, W) images in [0, 1].
+
+    Logits are enlarged in float32, whatever precision the network computes in.
+    """
+    logits = network(images.contiguous(memory_format=torch.channels_last)).logits
+    return upsample(logits.float(), images.shape[-2:]).argmax(1)
+
+
 def confusion(truth: Tensor, found: Tensor, classes: int, ignore: int) -> Tensor:
     """(B, classes, classes) int64: how many pixels of each image have label i (rows) and are taken for j (columns).
 

@@ -4,8 +4,9 @@ MLflow copies this one file beside the ONNX file and runs it wherever the studen
 the project that made it.
 
 Request: `{"inputs": [IMAGE, ...]}`. An IMAGE is a nested list of pixels from 0 to 255 of shape (3, H, W): red, green,
-blue. Images need not be of one size: each is resized to the student's (bilinear, with antialiasing), and is answered
-at its own.
+blue. Images need not be of one size: each is brought to the student's as the images that it was trained and evaluated
+on, and is answered at its own. That is bilinear with antialiasing; where the student's `fit` is `pad`, an image is only
+reduced, with its proportions, and then filled up at the right and below.
 
 Answer: `{"predictions": [{"labels": [[...], ...], "classes": [NAME, ...], "pixels": {NAME: COUNT, ...}}, ...]}`.
 `labels` has the height and width of the image; a label is a place in `classes`, from 0. What cannot be answered gets
@@ -37,6 +38,7 @@ class Student(PythonModel):
         self.channels: int = description["interface"]["channels"]
         height, width = description["interface"]["size"]
         self.size: tuple[int, int] = (height, width)
+        self.fit: str = description["interface"]["fit"]
         self.input: str = description["input"]["name"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -58,13 +60,28 @@ class Student(PythonModel):
         answers: list[dict[str, Any]] = []
         for start in range(0, len(images), BATCH):
             part = images[start : start + BATCH]
-            batch = np.stack([resize(image, self.size).clip(0, 1) for image in part])
+            batch = np.stack([self.prepared(image) for image in part])
             for image, logits in zip(part, self.session.run(["logits"], {self.input: batch})[0], strict=True):
-                labels = best(logits, (image.shape[1], image.shape[2]))
+                height, width = self.inside(image)
+                labels = best(logits[:, :height, :width], (image.shape[1], image.shape[2]))
                 counts = np.bincount(labels.ravel(), minlength=len(self.classes)).tolist()
                 pixels = dict(zip(self.classes, counts, strict=True))
                 answers.append({"labels": labels.tolist(), "classes": self.classes, "pixels": pixels})
         return answers
+
+    def prepared(self, image: np.ndarray) -> np.ndarray:
+        """(channels, H, W) in [0, 1] at the student's size, as its data set was prepared."""
+        height, width = self.inside(image)
+        filled = np.zeros((self.channels, *self.size), dtype=np.float32)
+        filled[:, :height, :width] = resize(image, (height, width)).clip(0, 1)
+        return filled
+
+    def inside(self, image: np.ndarray) -> tuple[int, int]:
+        """Height and width of the part of the student's input, at its top left, that holds an image."""
+        if self.fit == "resize":
+            return self.size
+        scale = min(self.size[0] / image.shape[1], self.size[1] / image.shape[2], 1.0)
+        return max(round(image.shape[1] * scale), 1), max(round(image.shape[2] * scale), 1)
 
     def images(self, request: Any) -> list[np.ndarray]:
         """(channels, H, W) float32 in [0, 1] per image, each of its own size."""
@@ -130,8 +147,9 @@ def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def bilinear(before: int, after: int) -> np.ndarray:
     """(after, before) float32 weights that bring `before` pixels to `after`, as wide as a reduction asks.
 
-    The same as torch's `interpolate(mode="bilinear", antialias=True, align_corners=False)`; where pixels become more,
-    that is plain bilinear.
+    The same as Pillow's BILINEAR (up to its rounding to 8 bits), which data sets are prepared with, and as torch's
+    `interpolate(mode="bilinear", antialias=True, align_corners=False)`; where pixels become more, that is plain
+    bilinear.
     """
     scale = before / after
     reach = max(scale, 1.0)

@@ -53,10 +53,15 @@ def evaluate(onnx: Path, description: Mapping[str, Any], prepared: Path) -> pd.D
 
     Args:
         description: model.json beside the file. prepared: the data set of today.
+
+    Raises:
+        ValueError: the data set has a label that the model does not know.
     """
     import onnxruntime
+    import torch
 
     from data import segmentation as data
+    from models import segmentation as models
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -67,22 +72,8 @@ def evaluate(onnx: Path, description: Mapping[str, Any], prepared: Path) -> pd.D
     for start in range(0, len(ids), BATCH):
         rows = slice(start, start + BATCH)
         (logits,) = session.run(["logits"], {name: data.to_unit(images[rows]).numpy()})
-        parts.append(overlaps(labels[rows].numpy(), logits.argmax(1), classes))
-    table = np.concatenate(parts).reshape(len(ids), 2 * classes)
+        found = torch.from_numpy(logits.argmax(1))
+        parts.append(models.confusion(labels[rows], found, classes, data.IGNORE))
+    table = torch.cat(models.intersection_and_union(torch.cat(parts)), dim=1).numpy()
     columns = [f"{kind}_{label}" for kind in ("intersection", "union") for label in range(classes)]
     return pd.DataFrame(table, columns=columns).assign(id=ids)
-
-
-def overlaps(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
-    """(N, 2, classes) int64: per image, pixels of intersection and of union of every class.
-
-    Args:
-        truth: (N, H, W); what is no class has no label. prediction: (N, H, W), from 0 to classes - 1.
-    """
-    count = len(truth)
-    known = truth < classes
-    image = np.broadcast_to(np.arange(count)[:, None, None], truth.shape)[known]
-    pair = (image * classes + truth[known].astype(np.int64)) * classes + prediction[known]
-    confusion = np.bincount(pair, minlength=count * classes**2).reshape(count, classes, classes)
-    both = np.diagonal(confusion, axis1=1, axis2=2)
-    return np.stack([both, confusion.sum(axis=1) + confusion.sum(axis=2) - both], axis=1)

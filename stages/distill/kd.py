@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.parameters.shared import KD
-from stages.training import Context, Method, Run, Task
+from stages.training import Context, Method, Run, Task, widen
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -34,9 +34,9 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0)
         raise ValueError(f"logits differ in shape {shapes} · give both networks the same input and the same classes")
     if student.dim() < 2 or student.numel() == 0:
         raise ValueError(f"logits must be a non-empty (N, classes, ...) array {shapes} · leave empty batches out")
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    log_student = F.log_softmax(student.to(dtype) / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher.detach().to(dtype) / temperature, dim=1)
+    student, teacher = widen(student, teacher)
+    log_student = F.log_softmax(student / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=1)
     divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
     return temperature**2 * divergence.mean()
 

@@ -30,20 +30,16 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
     counts, outlines = [], []
     disturbed: dict[str, Tensor] = {}
 
-    def answer(shown: Tensor) -> Tensor:
-        logits = network(shown.contiguous(memory_format=torch.channels_last)).logits
-        return models.upsample(logits.float(), shown.shape[-2:]).argmax(1)
-
     with torch.inference_mode():
         for start in range(0, len(images), settings.batch):
             part = slice(start, start + settings.batch)
             shown, truth = data.to_unit(images[part].to(device)), labels[part].to(device)
-            found = answer(shown)
+            found = models.classify(network, shown)
             counts.append(models.confusion(truth, found, len(names), data.IGNORE).cpu())
             outlines.append(boundary_scores(truth, found, len(names), settings.boundary))
             for kind, disturb in DISTURBANCES.items():
                 for number, strength in enumerate(getattr(settings, kind), start=1):
-                    found = answer(disturb(shown, strength, start))
+                    found = models.classify(network, disturb(shown, strength, start))
                     once = models.confusion(truth, found, len(names), data.IGNORE).sum(0).cpu()
                     disturbed[f"{kind}_{number}"] = disturbed.get(f"{kind}_{number}", 0) + once
     every = torch.cat(counts)

@@ -121,12 +121,10 @@ def predict(network: "nn.Module", images: "Tensor") -> np.ndarray:
     """
     import torch
 
-    from models.segmentation import upsample
+    from models.segmentation import classify
 
     with torch.inference_mode():
-        parts = [network(data.to_unit(image[None])).logits for image in images]
-        found = [upsample(logits, images.shape[2:]).argmax(1) for logits in parts]
-    return np.concatenate([labels.numpy() for labels in found])
+        return np.concatenate([classify(network, data.to_unit(image[None])).numpy() for image in images])
 
 
 def choose(group: Group, tables: dict[str, pd.DataFrame], ids: list[str]) -> list[str]:

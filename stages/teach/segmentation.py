@@ -22,6 +22,7 @@ Taught = tuple[nn.Module, Description]
 
 # Mean and spread per channel that torchvision's weights were trained behind (its documentation of every ResNet).
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+RESIZE = "bilinear with antialiasing"
 # While a model is watched, this many pixels go through it at once.
 PIXELS = 2**18
 
@@ -59,6 +60,8 @@ class Segmentation(Task):
             "size": description["size"],
             "mean": mean,
             "std": std,
+            "fit": description["fit"],
+            "resize": RESIZE,
         }
         self.source = description["source"]
         self.seed, self.clip = training.seed, training.clip
@@ -136,8 +139,7 @@ class Segmentation(Task):
         some = max(1, PIXELS // (images.shape[-2] * images.shape[-1]))
         with torch.inference_mode():
             for part, truth in zip(images.split(some), labels.split(some), strict=True):
-                logits = network(self._fit(data.to_unit(part.to(self._run.device)))).logits
-                found = models.upsample(logits.float(), truth.shape[-2:]).argmax(1).cpu()
+                found = models.classify(network, self._fit(data.to_unit(part.to(self._run.device)))).cpu()
                 counts += models.confusion(truth, found, classes, data.IGNORE).sum(0)
         right = counts.diagonal().sum() / counts.sum()
         return {"miou": models.mean_iou(counts).item(), "pixel_accuracy": right.item()}

@@ -123,6 +123,7 @@ def test_what_is_filled_up_is_black_without_a_label_and_outside_of_all_statistic
     assert (labels[0, :8, :10] == 1).all()
     assert (labels == IGNORE).sum() == 16 * 20 - 80
     description = describe(folder)
+    assert description["fit"] == "pad"
     np.testing.assert_allclose(description["mean"], small.mean(axis=(0, 1)) / 255, atol=1e-6)
     np.testing.assert_allclose(description["std"], small.std(axis=(0, 1)) / 255, atol=1e-6)
     assert description["pixels"] == {"road": 0, "sky": 80, "tree": 0}
@@ -160,8 +161,9 @@ def test_manifest_and_description_say_what_the_arrays_are(raw: Path, tmp_path: P
         )
         assert float(row["ignored"]) == pytest.approx((target == 255).sum() / 320, abs=1e-6)
     description = json.loads((folder / "dataset.json").read_text())
-    assert list(description) == ["classes", "size", "channels", "mean", "std", "samples", "pixels", "source"]
+    assert list(description) == ["classes", "size", "fit", "channels", "mean", "std", "samples", "pixels", "source"]
     assert (description["classes"], description["size"], description["channels"]) == (CLASSES, [16, 20], 3)
+    assert description["fit"] == "resize"
     np.testing.assert_allclose(description["mean"], images[:4].mean(axis=(0, 2, 3)) / 255, atol=1e-6)
     np.testing.assert_allclose(description["std"], images[:4].std(axis=(0, 2, 3)) / 255, atol=1e-6)
     assert description["samples"] == COUNTS

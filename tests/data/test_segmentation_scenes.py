@@ -91,8 +91,9 @@ def test_the_seed_alone_decides(raw: Path, tmp_path: Path) -> None:
 
 
 def test_scenes_are_what_was_asked_for(raw: Path, tmp_path: Path) -> None:
-    folder = prepared(raw, dataset(), tmp_path / "out")
+    folder = prepared(raw, dataset().model_copy(update={"fit": "pad"}), tmp_path / "out")
     description = describe(folder)
+    assert description["fit"] == "resize", "a scene has its size from the start"
     assert description["classes"] == ["background", *"0123456789"]
     assert (description["samples"], description["size"]) == (COUNTS, [32, 36])
     for split, count in COUNTS.items():

@@ -16,10 +16,12 @@ from models import recognition
 from models.segmentation import (
     AtrousPyramid,
     Encoder,
+    Output,
     PyramidPooling,
     Segmenter,
     adaptive_means,
     build,
+    classify,
     confusion,
     intersection_and_union,
     mean_iou,
@@ -272,6 +274,22 @@ def test_it_costs_what_the_papers_networks_cost() -> None:
     assert macs(atrous, Segmenter.__call__) == pytest.approx(59.9, abs=0.05)
     with_auxiliary = macs(student, lambda network, x: (network(x), network.auxiliary(network.encode(x)["stage3"])))
     assert with_auxiliary - macs(student, Segmenter.encode) == pytest.approx(54.8 + 0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_class_of_a_pixel_is_that_of_the_enlarged_logits(dtype: torch.dtype) -> None:
+    """Enlarged in float32: in bfloat16 many of these classes would be equally likely between two positions."""
+    logits = torch.randn(2, 4, 3, 4, generator=torch.Generator().manual_seed(0)).mul(0.01).add(1).to(dtype)
+
+    class Fixed(nn.Module):
+        def forward(self, images: Tensor) -> Output:
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            return Output(logits, None, {})
+
+    found = classify(Fixed(), torch.zeros(2, 3, 24, 30))
+    wanted = F.interpolate(logits.double(), (24, 30), mode="bilinear", align_corners=False)
+    assert (found.shape, found.dtype) == ((2, 24, 30), torch.int64)
+    assert (wanted.gather(1, found[:, None])[:, 0] >= wanted.amax(1) - 1e-6).all()
 
 
 # Counting pixels

@@ -29,6 +29,8 @@ class SmallSegmentation(Small):
         "size": [HEIGHT, WIDTH],
         "mean": [0.0] * 3,
         "std": [1.0] * 3,
+        "fit": "resize",
+        "resize": "bilinear with antialiasing",
     }
     input: ClassVar[list[int]] = [3, HEIGHT, WIDTH]
     network: ClassVar[dict[str, Any]] = {"name": "pspnet", "encoder": ENCODER}

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
+from PIL import Image
 
+from data.segmentation import File, read
 from pipelines import tracking
 from pipelines.promotion import promote
 from pipelines.registry import aliases, register
@@ -28,18 +30,27 @@ from small_segmentation import HEIGHT, WIDTH, SmallSegmentation, write_onnx
 from small_server import post, server
 
 TASK = "segmentation"
+FITS = ("resize", "pad")
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Student:
+def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Student]:
+    """By the fit of their data set."""
     folder = tmp_path_factory.mktemp("served")
     write_onnx(folder / "model.onnx", 10, "served")
-    description = {"interface": SmallSegmentation.interface, "input": {"name": "images"}}
-    (folder / "model.json").write_text(json.dumps(description))
-    served = Student()
-    artifacts = {"onnx": str(folder / "model.onnx"), "description": str(folder / "model.json")}
-    served.load_context(SimpleNamespace(artifacts=artifacts))
-    return served
+    found = {}
+    for fit in FITS:
+        description = {"interface": SmallSegmentation.interface | {"fit": fit}, "input": {"name": "images"}}
+        (folder / "model.json").write_text(json.dumps(description))
+        found[fit] = Student()
+        artifacts = {"onnx": str(folder / "model.onnx"), "description": str(folder / "model.json")}
+        found[fit].load_context(SimpleNamespace(artifacts=artifacts))
+    return found
+
+
+@pytest.fixture(scope="module")
+def student(students: dict[str, Student]) -> Student:
+    return students["resize"]
 
 
 def image(red: int, height: int = HEIGHT, width: int = WIDTH) -> list[list[list[int]]]:
@@ -52,14 +63,15 @@ def image(red: int, height: int = HEIGHT, width: int = WIDTH) -> list[list[list[
 # Serving
 
 
+@pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("size", [(HEIGHT, WIDTH), (32, 40), (48, 20), (16, 77), (160, 200)])
-def test_an_answer_has_the_size_of_its_image(student: Student, size: tuple[int, int]) -> None:
+def test_an_answer_has_the_size_of_its_image(students: dict[str, Student], fit: str, size: tuple[int, int]) -> None:
     """The upper half is red; where it ends, resizing may blur less than a pixel of the student's."""
     height, width = size
-    (answer,) = student.predict(None, [image(height // 2, height, width)])
+    (answer,) = students[fit].predict(None, [image(height // 2, height, width)])
     labels = np.array(answer["labels"])
     assert labels.shape == size
-    step = -(-height // HEIGHT)
+    step = -(-height // (HEIGHT if fit == "resize" else min(HEIGHT, height * WIDTH // width)))
     assert (labels[: height // 2 - step] == 1).all()
     assert (labels[height // 2 + step :] == 0).all()
     assert answer["classes"] == CLASSES
@@ -89,6 +101,39 @@ def test_every_form_of_a_request(student: Student, kind: str) -> None:
     answers = student.predict(None, requests[kind])
     assert [set(np.unique(answer["labels"])) for answer in answers[-2:]] == [{0}, {1}]
     assert len(answers) == (20 if kind == "many" else 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(16, 90), st.integers(16, 90), st.sampled_from(FITS), st.integers(0, 99))
+def test_an_image_is_served_as_it_would_have_been_prepared(
+    students: dict[str, Student],
+    tmp_path_factory: pytest.TempPathFactory,
+    height: int,
+    width: int,
+    fit: str,
+    seed: int,
+) -> None:
+    """Pillow rounds to 8 bits after either of its two passes: together at most one step of 255."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    folder = tmp_path_factory.mktemp("file")
+    Image.fromarray(pixels).save(folder / "image.png")
+    Image.fromarray(pixels[..., 0]).save(folder / "labels.png")
+    file = File("x", "test", folder / "image.png", folder / "labels.png", np.arange(256, dtype=np.int16))
+    row = read(file, (HEIGHT, WIDTH), fit)
+    wanted = np.zeros((3, HEIGHT, WIDTH))
+    wanted[:, : row.image.shape[0], : row.image.shape[1]] = row.image.transpose(2, 0, 1)
+    (served,) = students[fit].images([pixels.transpose(2, 0, 1)])
+    assert students[fit].inside(served) == row.image.shape[:2]
+    np.testing.assert_allclose(255 * students[fit].prepared(served), wanted, rtol=0, atol=1.01)
+
+
+def test_what_is_filled_up_is_no_part_of_the_answer(students: dict[str, Student]) -> None:
+    """A narrow image is kept as it is, and so is what is said of each of its pixels."""
+    raw = np.zeros((3, HEIGHT, WIDTH - 4), dtype=int)
+    raw[0, :, 1::3] = 255
+    (answer,) = students["pad"].predict(None, [raw])
+    np.testing.assert_array_equal(answer["labels"], raw[0] > 0)
+    assert sum(answer["pixels"].values()) == HEIGHT * (WIDTH - 4)
 
 
 # torch itself resizes maps of one column wrongly (2.x: (2, 1) to (3, 1) repeats the first pixel), so they are left out.
@@ -164,20 +209,6 @@ def test_the_served_file_imports_nothing_of_the_project() -> None:
 # Evaluation
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(2, 6), st.integers(0, 999))
-def test_overlaps_are_counted_per_image_and_class(images: int, classes: int, seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    truth, prediction = generator.integers(0, classes, (2, images, 5, 4)).astype(np.uint8)
-    truth[generator.random(truth.shape) < 0.2] = 255
-    found = segmentation.overlaps(truth, prediction.astype(np.int64), classes)
-    assert found.shape == (images, 2, classes)
-    for index in range(images):
-        for label in range(classes):
-            one, other = truth[index] == label, (prediction[index] == label) & (truth[index] != 255)
-            assert found[index, :, label].tolist() == [(one & other).sum(), (one | other).sum()]
-
-
 def test_an_onnx_file_is_evaluated_as_the_stage_does(tmp_path: Path) -> None:
     usual(tmp_path, SmallSegmentation).write()
     exported = tmp_path / f"models/exported/{TASK}/best"
@@ -186,6 +217,17 @@ def test_an_onnx_file_is_evaluated_as_the_stage_does(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / f"reports/evaluation/{TASK}/best.samples.csv")
     wanted = table[table["split"] == "test"].reset_index(drop=True)
     pd.testing.assert_frame_equal(found[sorted(found)], wanted[sorted(found)], check_dtype=False)
+
+
+def test_a_label_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
+    usual(tmp_path, SmallSegmentation).write()
+    exported, prepared = tmp_path / f"models/exported/{TASK}/best", tmp_path / f"data/prepared/{TASK}/tiny"
+    description = json.loads((exported / "model.json").read_text())
+    labels = np.load(prepared / "labels.npy")
+    labels[-1, 0, 0] = len(CLASSES)
+    np.save(prepared / "labels.npy", labels)
+    with pytest.raises(ValueError, match=r"below 3 or 255, found .*3"):
+        segmentation.evaluate(exported / "model.onnx", description, prepared)
 
 
 # Promotion

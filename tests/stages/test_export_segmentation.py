@@ -56,7 +56,8 @@ def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     splits = ["train"] * 2 + ["validation"] * 7 + ["test"] * 3
     pd.DataFrame({"id": [str(n) for n in range(12)], "split": splits}).to_csv(prepared / "manifest.csv", index=False)
     interface = {"classes": CLASSES, "channels": 3, "size": SIZE, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
-    write_json(prepared / "dataset.json", interface)
+    write_json(prepared / "dataset.json", {**interface, "fit": "resize"})
+    interface |= {"fit": "resize", "resize": "bilinear with antialiasing"}
     for seed, (name, kind) in enumerate((("big", "teacher"), ("small", "student"))):
         torch.manual_seed(seed)
         model = build({"network": network, "interface": interface})

@@ -33,7 +33,10 @@ CLASSES = ["<ground>", "one", "two", "never"]
 VALIDATION, TEST, SIZE = 4, 12, [16, 24]
 NAMES = ("teacher", "gdd", "kd", "alone")
 WRONG = {"teacher": 0.05, "gdd": 0.2, "kd": 0.25, "alone": 0.4}
-INTERFACE = {"classes": CLASSES, "channels": 3, "size": SIZE, "mean": [0.5] * 3, "std": [0.25] * 3}
+INTERFACE = {
+    "classes": CLASSES, "channels": 3, "size": SIZE, "mean": [0.5] * 3, "std": [0.25] * 3,
+    "fit": "resize", "resize": "bilinear with antialiasing",
+}  # fmt: skip
 
 
 def write(path: str, value: Any) -> None:
@@ -79,7 +82,7 @@ def write_data() -> None:
     labels = generator.integers(0, 2, (count, *SIZE)).astype(np.uint8) + generator.integers(0, 2, (count, 1, 1))
     labels[:, :2] = 255
     folder = Path(f"data/prepared/{TASK}/tiny")
-    write(str(folder / "dataset.json"), {"classes": CLASSES, "size": SIZE})
+    write(str(folder / "dataset.json"), {"classes": CLASSES, "size": SIZE, "fit": "resize"})
     np.save(folder / "images.npy", generator.integers(0, 256, (count, 3, *SIZE), dtype=np.uint8))
     np.save(folder / "labels.npy", labels.astype(np.uint8))
     split = ["validation"] * VALIDATION + ["test"] * TEST

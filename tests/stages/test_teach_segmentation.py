@@ -46,7 +46,9 @@ def prepared(tmp_path: Path) -> Path:
     np.save(folder / "labels.npy", labels.astype(np.uint8))
     splits = ["train"] * 14 + ["validation"] * 6 + ["test"] * 4
     pd.DataFrame({"id": [str(n) for n in range(24)], "split": splits}).to_csv(folder / "manifest.csv", index=False)
-    description = {"classes": CLASSES, "size": SIZE, "channels": 3, "mean": [0.4] * 3, "std": [0.3] * 3}
+    description = {
+        "classes": CLASSES, "size": SIZE, "fit": "pad", "channels": 3, "mean": [0.4] * 3, "std": [0.3] * 3
+    }  # fmt: skip
     source = {"name": "x", "licence": "", "credit": "", "redistributable": True}
     write_json(folder / "dataset.json", {**description, "source": source})
     return folder
@@ -65,6 +67,7 @@ def student(method: str = "alone", training: dict[str, Any] | None = None, **fie
 
 def teacher(classes: list[str] = CLASSES) -> tuple[nn.Module, Description]:
     interface = {"classes": classes, "channels": 3, "size": SIZE, "mean": [0.3] * 3, "std": [0.3] * 3}
+    interface |= {"fit": "pad", "resize": "bilinear with antialiasing"}
     network = schema.PSPNet.model_validate({**NETWORK, "width": 6}).model_dump(mode="json")
     torch.manual_seed(1)
     built = build({"network": network, "interface": interface}).eval()
@@ -177,6 +180,13 @@ def test_the_auxiliary_head_counts_with_its_weight(prepared: Path, run: Run) -> 
 
 
 # Training
+
+
+def test_the_interface_says_how_images_were_brought_to_their_size(prepared: Path, run: Run) -> None:
+    assert for_student(student(), prepared, run, None).interface == {
+        "classes": CLASSES, "channels": 3, "size": SIZE, "mean": [0.4] * 3, "std": [0.3] * 3,
+        "fit": "pad", "resize": "bilinear with antialiasing",
+    }  # fmt: skip
 
 
 def test_both_networks_see_the_same_images(prepared: Path, run: Run) -> None:
