@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 
+from data.files import sha256
 from pipelines import tracking
+from pipelines.gates import evaluated
 from pipelines.promotion import promote
 from pipelines.registry import aliases, register
 from pipelines.serving.segmentation import LARGEST_SIDE, SMALLEST_SIDE, Student, best, bilinear, resize
@@ -189,6 +191,23 @@ def test_an_onnx_file_is_evaluated_as_the_stage_does(tmp_path: Path) -> None:
 
 
 # Promotion
+
+
+def test_other_labels_of_the_same_images_are_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = usual(tmp_path, SmallSegmentation)
+    small.write()
+    weights = {name: sha256(tmp_path / f"models/trained/{TASK}/{name}/weights.safetensors") for name in small.models}
+    assert evaluated(TASK, "tiny", weights).passed
+    file = tmp_path / f"data/prepared/{TASK}/tiny/manifest.csv"
+    before = pd.read_csv(file)
+    now = before.copy()
+    now.loc[now["split"] == "test", "labels_sha256"] = "0" * 64
+    assert [name for name in now if not now[name].equals(before[name])] == ["labels_sha256"]
+    now.to_csv(file, index=False)
+    check = evaluated(TASK, "tiny", weights)
+    assert not check.passed
+    assert f"dvc repro evaluate@{TASK}" in check.sentence
 
 
 def decision() -> dict[str, Any]:
