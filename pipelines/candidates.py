@@ -12,7 +12,7 @@ import pandas as pd
 
 from data.errors import UserError
 from data.files import sha256
-from pipelines.gates import DESCRIPTION, ONNX, RECORD, evaluated_weights, record_header, tampering
+from pipelines.gates import DESCRIPTION, ONNX, RECORD, evaluated, record_header, tampering
 from stages import paths
 from stages.parameters import Parameters
 from stages.parameters.shared import Gates, Student
@@ -57,11 +57,9 @@ def origin() -> Origin:
     found = sha256(lock) if lock.is_file() else "none"
     try:
         head = _git("rev-parse", "--verify", "HEAD").strip()
-        changes = [
-            line
-            for line in _git("status", "--porcelain", "--untracked-files=normal").splitlines()
-            if line[3:] != "dvc.lock"
-        ]
+        # The whole repository, whose code runs here, but for the dvc.lock of this folder, which may be one inside it.
+        where = ("--", ":/", ":(exclude)dvc.lock")
+        changes = _git("status", "--porcelain", "--untracked-files=normal", *where).splitlines()
     except (OSError, subprocess.CalledProcessError):
         return Origin(None, [], found)
     return Origin(head, changes, found)
@@ -86,8 +84,8 @@ def candidates(task: str, parameters: Parameters) -> tuple[list[Candidate], list
     """Every deployable student of a task, and a note for each that is not made yet.
 
     Raises:
-        UserError: a file is not what was described, the figures are of other weights, the data set is ambiguous, or
-            there is no student at all.
+        UserError: a file is not what was described, the figures are of other weights or data, the data set is
+            ambiguous, or there is no student at all.
     """
     gates = gates_of(task, parameters)
     names = [name for name, export in parameters.exports.items() if export.task == task]
@@ -110,7 +108,10 @@ def candidates(task: str, parameters: Parameters) -> tuple[list[Candidate], list
     problems = [said for name in made for said in tampering(paths.trained(task, name), paths.exported(task, name))]
     if problems:
         raise UserError("nothing was registered: " + " | ".join(problems))
-    _require_fresh_figures(task, parameters)
+    # Selection on figures of other weights or data would be none.
+    fresh = evaluated(task, parameters.exports[made[0]].dataset, weights(task, parameters))
+    if not fresh.passed:
+        raise UserError(f"nothing was registered: {fresh.sentence}")
     return [_candidate(task, name, parameters.students[name], gates.metric) for name in made], notes
 
 
@@ -199,17 +200,3 @@ def _candidate(task: str, name: str, entry: Student, metric: str) -> Candidate:
         validation=validation,
         stage=str(record_header(trained / RECORD).get("digest", "")),
     )
-
-
-def _require_fresh_figures(task: str, parameters: Parameters) -> None:
-    """Selection on figures of other weights would be none.
-
-    Raises:
-        UserError: models changed since they were evaluated, or never were.
-    """
-    evaluated = evaluated_weights(task)
-    if evaluated != weights(task, parameters):
-        raise UserError(
-            f"the models of task {task!r} {'changed since they were' if evaluated else 'were not yet'} evaluated · run "
-            f"`dvc repro evaluate@{task}`"
-        )

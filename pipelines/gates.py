@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from data.files import digest, sha256
 from stages import paths
@@ -150,6 +149,14 @@ def latency(
             f"{onnx_sha256}) · {repair}",
             {**wanted, "measured_onnx_sha256": entry["onnx_sha256"], "onnx_sha256": onnx_sha256},
         )
+    if str(budget.batch) not in entry["latency_ms"]:
+        return Check(
+            "latency",
+            False,
+            f"batch {budget.batch} of {student} was too large to be measured (measured: batch "
+            f"{', '.join(entry['latency_ms'])}) · set gates.{task}.latency.batch to one that was",
+            {**wanted, "latency_ms": entry["latency_ms"]},
+        )
     value = float(entry["latency_ms"][str(budget.batch)][budget.percentile])
     passed = value <= budget.budget_ms
     return Check(
@@ -283,29 +290,30 @@ def clean(revision: str | None, changes: list[str]) -> Check:
     return Check("clean", True, f"nothing but dvc.lock differs from commit {revision[:12]}", figures)
 
 
-def evaluated(task: str, weights: Mapping[str, str], samples: pd.DataFrame, manifest: pd.DataFrame) -> Check:
-    """The figures belong to the weights and to the test data that are here now.
+def evaluated(task: str, dataset: str, weights: Mapping[str, str]) -> Check:
+    """The figures belong to the weights and to the data that are here now: names, pixels and labels of every sample.
 
     Args:
-        weights: sha256 by model, every model of the task, in the order of params.yaml.
-        samples: the student's test samples. manifest: of the prepared data.
+        dataset: the student's. weights: sha256 by model, every model of the task, in the order of params.yaml.
     """
     repair = f"run `dvc repro evaluate@{task}`"
-    measured = evaluated_weights(task)
+    measured, seen = (_digests(paths.evaluation(task) / f"{what}.json") for what in ("models", "data"))
+    manifest = paths.prepared(task, dataset) / "manifest.csv"
     wanted, found = digest(dict(weights)), digest(measured) if measured else None
-    figures = {"weights": wanted, "evaluated": found, "samples": len(samples)}
+    today, then = sha256(manifest) if manifest.is_file() else None, seen.get(dataset)
+    figures = {"weights": wanted, "evaluated": found, "manifest": today, "evaluated_on": then}
+    if found is None:
+        return Check("evaluated", False, f"the models of task {task!r} were not evaluated yet · {repair}", figures)
     if found != wanted:
-        return Check(
-            "evaluated", False, f"models changed since they were evaluated ({found}, now {wanted}) · {repair}", figures
-        )
-    # A label per sample is compared too; a map of labels stands in neither table.
-    known = [name for name in ("id", "label") if name in manifest and name in samples]
-    today = manifest.loc[manifest["split"] == "test", known].astype(str)
-    then = samples[known].astype(str)
-    if sorted(map(tuple, then.to_numpy())) != sorted(map(tuple, today.to_numpy())):
-        said = f"the figures are of other test data ({len(then)} samples, now {len(today)}) · {repair}"
+        said = f"models changed since they were evaluated ({found}, now {wanted}) · {repair}"
         return Check("evaluated", False, said, figures)
-    return Check("evaluated", True, "the figures are of these weights on today's test data", figures)
+    if today is None:
+        said = f"{manifest} is missing: nothing says what the figures are of · run `dvc repro prepare@{dataset}`"
+        return Check("evaluated", False, said, figures)
+    if then != today:
+        said = f"the figures are of other data than {dataset!r} is now (manifest {then}, now {today}) · {repair}"
+        return Check("evaluated", False, said, figures)
+    return Check("evaluated", True, f"the figures are of these weights on {dataset!r} as it is now", figures)
 
 
 def _proof(file: Path) -> str | None:
@@ -317,13 +325,13 @@ def _proof(file: Path) -> str | None:
     return found
 
 
-def evaluated_weights(task: str) -> dict[str, str]:
-    """sha256 of the weights that were evaluated, by model; nothing before the first evaluation."""
+def _digests(file: Path) -> dict[str, str]:
+    """Digests by name; nothing where the file is missing or damaged."""
     try:
-        found: dict[str, str] = json.loads((paths.evaluation(task) / "models.json").read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def record_header(record: Path) -> dict[str, Any]:

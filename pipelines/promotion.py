@@ -137,7 +137,7 @@ def examine(
     checks = [
         gates.untampered(trained, exported, registered),
         gates.validated(task, entry.dataset, description["dataset"]["digest"]),
-        gates.evaluated(task, weights(task, parameters), samples, today),
+        gates.evaluated(task, entry.dataset, weights(task, parameters)),
         _baseline(task, parameters, name, ours, settings),
         _champion(task, entry.dataset, ours, champion, settings, today),
         _teacher(task, parameters, name, ours.value, description, settings),

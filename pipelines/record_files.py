@@ -236,7 +236,8 @@ def read_tree() -> Tree:
     revision = _git("rev-parse", "HEAD").strip()
     if not revision:
         return Tree("", False, f"parameters-{digest(read_parameters())[:12]}", lock)
-    rest = ("--", ".", ":(exclude)dvc.lock")
+    # The whole repository, whose code runs here, but for the dvc.lock of this folder, which may be one inside it.
+    rest = ("--", ":/", ":(exclude)dvc.lock")
     status = _git("status", "--porcelain", *rest)
     if not status:
         return Tree(revision, True, revision[:12], lock)

@@ -1,6 +1,7 @@
 """Measure latency, size and parameters of a task's teachers and exported students in ONNX Runtime.
 
-Not a stage: it holds times. Run it while nothing else runs on the machine.
+Not a stage: it holds times. Run it while nothing else runs on the machine. A batch that would not fit into memory is
+left out.
 """
 
 import importlib
@@ -8,6 +9,8 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,12 @@ from stages.export.onnx_graph import FILE, session, write_onnx
 from stages.parameters import load, select
 
 BATCHES = (1, 32)
+# A batch beyond one is left out where its inputs and outputs hold more numbers than this: a gigabyte of float32, to
+# which comes what lies between. (32 images of 1024x2048 with 19 classes are six.)
+NUMBERS = 2**28
 WARM_UP, SECONDS, LEAST = 10, 1.0, 30
+# After so many seconds a few runs are enough: those of large images take seconds each and differ little.
+LONGEST, FEW = 30.0, 5
 
 
 def main(key: str) -> None:
@@ -58,7 +66,7 @@ def main(key: str) -> None:
         },
     )
     for name, values in measured.items():
-        cells = [f"batch {batch}: p50 {values['latency_ms'][str(batch)]['p50']:.2f} ms" for batch in BATCHES]
+        cells = [f"batch {batch}: p50 {found['p50']:.2f} ms" for batch, found in values["latency_ms"].items()]
         print(f"{name:30s} {values['parameters']:>10,} parameters {values['bytes']:>12,} bytes  {', '.join(cells)}")
 
 
@@ -66,17 +74,14 @@ def _measure(file: Path, inputs: np.ndarray, threads: int, parameters: int) -> d
     runtime = session(file, threads)
     name = runtime.get_inputs()[0].name
     latency = {}
+    numbers = inputs[0].size + sum(output.size for output in runtime.run(None, {name: inputs[:1]}))
     for batch in BATCHES:
+        if batch > 1 and batch * numbers > NUMBERS:
+            continue
         feed = {name: np.resize(inputs, (batch, *inputs.shape[1:]))}
-        for _ in range(WARM_UP):
-            runtime.run(None, feed)
-        times: list[float] = []
-        until = time.perf_counter() + SECONDS
-        while len(times) < LEAST or time.perf_counter() < until:
-            begun = time.perf_counter()
-            runtime.run(None, feed)
-            times.append((time.perf_counter() - begun) * 1000)
-        p50, p95 = np.percentile(times, (50, 95))
+        run = partial(runtime.run, None, feed)
+        _times(run, WARM_UP, 0)
+        p50, p95 = np.percentile(times := _times(run, LEAST, SECONDS), (50, 95))
         latency[str(batch)] = {"p50": round(float(p50), 4), "p95": round(float(p95), 4), "runs": len(times)}
     return {
         "onnx_sha256": sha256(file),
@@ -84,6 +89,18 @@ def _measure(file: Path, inputs: np.ndarray, threads: int, parameters: int) -> d
         "bytes": file.stat().st_size,
         "latency_ms": latency,
     }
+
+
+def _times(run: Callable[[], object], least: int, seconds: float) -> list[float]:
+    """Milliseconds of each of at least `least` runs in at least `seconds`, or of FEW once LONGEST is over."""
+    times: list[float] = []
+    start = now = time.perf_counter()
+    while (len(times) < least or now - start < seconds) and (len(times) < FEW or now - start < LONGEST):
+        begun = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        times.append((now - begun) * 1000)
+    return times
 
 
 def _processor() -> str:

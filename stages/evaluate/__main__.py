@@ -40,6 +40,7 @@ def main(key: str) -> None:
                 table.to_csv(details / f"{name}.{kind}.csv", index=False, lineterminator="\n")
             command.log.info("evaluate %s: %s, test %s", key, name, json.dumps(figures[name]["test"]))
         write_json(details / "models.json", weights)
+        write_json(details / "data.json", manifests)
         made_from = {"weights": weights, "data": manifests, "settings": settings.model_dump(), "code": code_digest()}
         record = Record(details / FILE, {"stage": "evaluate", "key": key, "digest": digest(made_from)})
         for name, splits in figures.items():

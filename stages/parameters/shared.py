@@ -48,7 +48,7 @@ class Wheel(Section):
     choose one of them, so that every machine fetches the same.
     """
 
-    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[^=\s]+$")]
+    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[^=\s]+$")]
     files: Annotated[list[str], Field(min_length=1)]
     sha256: Sha256
     python: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)+$")] | None = None

@@ -9,7 +9,7 @@ import pandas as pd
 
 from stages import paths
 from stages.report import charts
-from stages.report.comparison import size_text
+from stages.report.comparison import NOTHING, size_text
 from stages.report.page import Html, code, join, note, table, tag
 from stages.report.results import Group, Model
 
@@ -181,7 +181,8 @@ def latency(group: Group) -> Html:
     if group.latency is None or not measured:
         said = "Not measured yet. Alone on the machine, after the exports:"
         return join([tag("p", said), code(command)])
-    batches = list(measured[0].latency["latency_ms"]) if measured[0].latency else []
+    # A batch that is too large for a model was not measured of it.
+    batches = list(dict.fromkeys(batch for model in measured for batch in (model.latency or {})["latency_ms"]))
     rows = [_latency_row(model, batches) for model in measured]
     headings = ["model", *(quantile for _ in batches for quantile in ("p50 ms", "p95 ms")), "parameters", "ONNX file"]
     bands = [("", 1), *((f"batch {batch}", 2) for batch in batches), ("size", 2)]
@@ -197,7 +198,8 @@ def latency(group: Group) -> Html:
 
 def _latency_row(model: Model, batches: list[str]) -> list[object]:
     found = model.latency or {}
-    times = [f"{found['latency_ms'][batch][name]:.3f}" for batch in batches for name in ("p50", "p95")]
+    measured = [found["latency_ms"].get(batch, {}) for batch in batches]
+    times = [f"{one[name]:.3f}" if one else NOTHING for one in measured for name in ("p50", "p95")]
     return [model.name, *times, f"{found['parameters']:,}", size_text(found["bytes"])]
 
 

@@ -65,6 +65,7 @@ class Small:
                 times = {"p50": 0.5, "p95": 1.0, "runs": 100}
                 latency[name] = {"onnx_sha256": onnx, "latency_ms": {"1": times, "32": times}}
         self.put(f"reports/evaluation/{self.task}/models.json", json.dumps(evaluated))
+        self.put(f"reports/evaluation/{self.task}/data.json", {"tiny": data})
         self.put(f"reports/latency/{self.task}.json", {"task": self.task, "threads": 1, "models": latency})
 
     def put(self, path: str, value: Any) -> Path:
@@ -122,8 +123,11 @@ class Small:
                 content = hashlib.sha256(image.tobytes()).hexdigest()
                 images.append(image)
                 labels.append(label)
-                row = {"id": f"{self.ids}-{part}-{index}", "split": part}
-                rows.append(row | ({"label": label} if isinstance(label, int) else {}) | {"sha256": content})
+                row = {"id": f"{self.ids}-{part}-{index}", "split": part, "sha256": content}
+                if isinstance(label, int):
+                    rows.append({**row, "label": label})
+                else:
+                    rows.append({**row, "labels_sha256": hashlib.sha256(label.tobytes()).hexdigest()})
         prepared = f"data/prepared/{self.task}/tiny"
         manifest = self.put(f"{prepared}/manifest.csv", pd.DataFrame(rows).to_csv(index=False))
         np.save(self.folder / prepared / "images.npy", np.stack(images))

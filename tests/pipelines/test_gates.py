@@ -216,6 +216,13 @@ def test_latency() -> None:
         assert not missing.passed
         assert command in missing.sentence
     assert "a" in check(onnx="b").figures["measured_onnx_sha256"]
+    large = {"threads": 1, "models": {"small": {"onnx_sha256": "a", "latency_ms": {"1": times["1"]}}}}
+    assert check(file=large).passed
+    refused = check(file=large, batch=32, budget_ms=1e9)
+    assert not refused.passed
+    assert "batch 32 of small was too large" in refused.sentence
+    assert f"gates.{TASK}.latency.batch" in refused.sentence
+    assert refused.figures["latency_ms"] == {"1": times["1"]}
 
 
 def test_signature() -> None:
@@ -270,6 +277,31 @@ def test_clean(project: Small) -> None:
     project.commit()
     project.put("params.yaml", "edited")
     assert not check().passed
+
+
+def test_clean_where_the_project_is_a_folder_of_the_repository(
+    project: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code beside it counts, and so does another project's dvc.lock."""
+
+    def changes() -> list[str]:
+        state = origin()
+        assert state.revision
+        return sorted(line[3:] for line in state.changes)
+
+    project.put("benchmarks/params.yaml", "")
+    project.commit()
+    monkeypatch.chdir(tmp_path / "benchmarks")
+    project.put("benchmarks/dvc.lock", "not yet committed")
+    assert changes() == []
+    project.commit()
+    project.put("benchmarks/dvc.lock", "changed by dvc repro")
+    assert changes() == []
+    assert origin().lock_sha256 == sha256(Path("dvc.lock"))
+    project.put("benchmarks/params.yaml", "edited")
+    project.put("code.py", "")
+    project.put("dvc.lock", "of the other project")
+    assert changes() == ["benchmarks/params.yaml", "code.py", "dvc.lock"]
 
 
 # Files
@@ -344,22 +376,38 @@ def test_validated(project: Small) -> None:
 
 
 def test_evaluated(project: Small) -> None:
-    manifest = pd.read_csv(f"data/prepared/{TASK}/tiny/manifest.csv")
-    table = pd.read_csv(f"reports/evaluation/{TASK}/best.samples.csv")
-    samples = table[table["split"] == "test"]
     weights = {name: sha256(paths_of(name)[0] / "weights.safetensors") for name in project.models}
-    assert gates.evaluated(TASK, weights, samples, manifest).passed
-    assert gates.evaluated(TASK, weights, samples.iloc[::-1], manifest).passed
-    assert not gates.evaluated(TASK, {**weights, "best": "0" * 64}, samples, manifest).passed
-    assert not gates.evaluated(TASK, weights, samples.iloc[1:], manifest).passed
-    assert not gates.evaluated(TASK, weights, samples.assign(label=0), manifest).passed
-    assert not gates.evaluated(TASK, weights, samples, manifest[manifest["split"] != "test"]).passed
-    maps = samples.drop(columns="label")
-    assert gates.evaluated(TASK, weights, maps, manifest.drop(columns="label")).passed
-    assert not gates.evaluated(TASK, weights, maps.iloc[1:], manifest).passed
-    Path(f"reports/evaluation/{TASK}/models.json").unlink()
-    assert not gates.evaluated(TASK, weights, samples, manifest).passed
-    assert digest(weights) in gates.evaluated(TASK, weights, samples, manifest).sentence
+    folder, manifest = Path(f"reports/evaluation/{TASK}"), Path(f"data/prepared/{TASK}/tiny/manifest.csv")
+
+    def check(**changed: str) -> Check:
+        return gates.evaluated(TASK, "tiny", {**weights, **changed})
+
+    assert check().passed
+    assert check().figures["evaluated_on"] == sha256(manifest)
+    other = check(best="0" * 64)
+    assert not other.passed
+    assert digest(weights) in other.sentence
+    assert f"dvc repro evaluate@{TASK}" in other.sentence
+    before, kept = sha256(manifest), manifest.read_text()
+    table = pd.read_csv(manifest)
+    table.loc[table.index[-1], "label"] = 2
+    table.to_csv(manifest, index=False)
+    moved = check()
+    assert not moved.passed
+    for wanted in (before, sha256(manifest), f"dvc repro evaluate@{TASK}"):
+        assert wanted in moved.sentence
+    manifest.unlink()
+    assert not check().passed
+    assert "dvc repro prepare@tiny" in check().sentence
+    manifest.write_text(kept)
+    assert check().passed
+    for damage in ("{", "[]", "{}", json.dumps({"other": before})):
+        (folder / "data.json").write_text(damage)
+        assert not check().passed
+    (folder / "data.json").unlink()
+    assert not check().passed
+    (folder / "models.json").unlink()
+    assert "not evaluated yet" in check().sentence
 
 
 # Samples and data

@@ -154,6 +154,28 @@ def test_revision_and_cleanliness_are_those_of_the_working_tree(disk: Disk) -> N
     assert tags[TEACHER]["git.clean"] == "true"
 
 
+def test_the_tree_of_a_project_in_a_folder_is_the_whole_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, folder = tmp_path / "code.py", tmp_path / "benchmarks"
+    folder.mkdir()
+    code.write_text("")
+    (folder / "dvc.lock").write_text("")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "x")
+    monkeypatch.chdir(folder)
+    (folder / "dvc.lock").write_text("every pipeline run changes it")
+    clean = record_files.read_tree()
+    assert clean.clean
+    code.write_text("one = 1")
+    one = record_files.read_tree()
+    code.write_text("two = 2")
+    assert not one.clean
+    assert len({clean.name, one.name, record_files.read_tree().name}) == 3
+
+
 # Once, and for ever
 
 

@@ -210,10 +210,12 @@ def test_what_is_not_exported_yet_is_left_out(project: Small, capsys: pytest.Cap
     assert "dvc repro export@best" in capsys.readouterr().out
 
 
-def test_figures_of_other_weights_select_nothing(project: Small) -> None:
-    project.put(f"reports/evaluation/{TASK}/models.json", json.dumps({"best": "0" * 64}))
+@pytest.mark.parametrize(("file", "found"), [("models", {"best": "0" * 64}), ("data", {"tiny": "0" * 64})])
+def test_figures_of_other_weights_or_data_select_nothing(project: Small, file: str, found: dict[str, str]) -> None:
+    project.put(f"reports/evaluation/{TASK}/{file}.json", found)
     with pytest.raises(UserError, match=f"dvc repro evaluate@{TASK}"):
         register(TASK)
+    assert students() == {}
 
 
 def edited(project: Small, change: Callable[[dict[str, Any]], object]) -> None:
@@ -353,6 +355,7 @@ PARITY = {"samples": 20, "largest_difference": {"logits": 0.5}, "metric": {"onnx
         (lambda project: (registry.stored(TASK, held()["challenger"]) / "model.onnx").write_bytes(b"x"), "untampered"),
         (lambda project: Path(f"data/validated/{TASK}/tiny.json").unlink(), "validated"),
         (lambda project: project.put(f"reports/evaluation/{TASK}/models.json", "{}"), "evaluated"),
+        (lambda project: project.put(f"reports/evaluation/{TASK}/data.json", {"tiny": "0" * 64}), "evaluated"),
         (lambda project: Path(LATENCY).unlink(), "latency"),
         (lambda project: project.put(LATENCY, Path(LATENCY).read_text().replace(sha256(Path(ONNX)), "0")), "latency"),
         (lambda project: project.put("new.py", ""), "clean"),

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+from data.files import sha256
 from data.segmentation import File, read
 from pipelines import tracking
+from pipelines.gates import evaluated
 from pipelines.promotion import promote
 from pipelines.registry import aliases, register
 from pipelines.serving.segmentation import LARGEST_SIDE, SMALLEST_SIDE, Student, best, bilinear, resize
@@ -231,6 +233,23 @@ def test_a_label_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
 
 
 # Promotion
+
+
+def test_other_labels_of_the_same_images_are_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = usual(tmp_path, SmallSegmentation)
+    small.write()
+    weights = {name: sha256(tmp_path / f"models/trained/{TASK}/{name}/weights.safetensors") for name in small.models}
+    assert evaluated(TASK, "tiny", weights).passed
+    file = tmp_path / f"data/prepared/{TASK}/tiny/manifest.csv"
+    before = pd.read_csv(file)
+    now = before.copy()
+    now.loc[now["split"] == "test", "labels_sha256"] = "0" * 64
+    assert [name for name in now if not now[name].equals(before[name])] == ["labels_sha256"]
+    now.to_csv(file, index=False)
+    check = evaluated(TASK, "tiny", weights)
+    assert not check.passed
+    assert f"dvc repro evaluate@{TASK}" in check.sentence
 
 
 def decision() -> dict[str, Any]:

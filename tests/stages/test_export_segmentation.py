@@ -167,3 +167,37 @@ def test_latency_is_measured_for_teacher_and_student(project: Path, monkeypatch:
     assert set(measured) == {"big", "small"}
     for values in measured.values():
         assert 0 < values["latency_ms"]["32"]["p50"] <= values["latency_ms"]["32"]["p95"]
+
+
+def test_a_batch_that_is_too_large_is_left_out(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Inputs of three channels and outputs of three classes count."""
+    monkeypatch.setattr(latency, "SECONDS", 0.01)
+    monkeypatch.setattr(latency, "LEAST", 2)
+    export.main("small")
+    numbers = 32 * (3 + 3) * SIZE[0] * SIZE[1]
+    for limit, batches in ((numbers, ["1", "32"]), (numbers - 1, ["1"]), (0, ["1"])):
+        monkeypatch.setattr(latency, "NUMBERS", limit)
+        latency.main("segmentation")
+        measured = json.loads(paths.latency("segmentation").read_text())["models"]
+        assert {name: list(values["latency_ms"]) for name, values in measured.items()} == {
+            "big": batches,
+            "small": batches,
+        }
+        assert ("batch 32" in capsys.readouterr().out) is ("32" in batches)
+
+
+@pytest.mark.parametrize(
+    ("each", "seconds", "runs"),
+    [(0.001, 1.0, 1000), (0.1, 1.0, 30), (2.0, 1.0, 15), (20.0, 1.0, 5), (0.001, 0.0, 30), (2.0, 0.0, 15)],
+)
+def test_slow_runs_are_few(monkeypatch: pytest.MonkeyPatch, each: float, seconds: float, runs: int) -> None:
+    """Runs of `each` seconds, on a clock that only they move: 30 of them, but no more than fill half a minute."""
+    clock = [0]
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0] / 1000)
+
+    def run() -> None:
+        clock[0] += round(each * 1000)
+
+    assert latency._times(run, 30, seconds) == pytest.approx([1000 * each] * runs)

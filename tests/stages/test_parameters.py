@@ -233,6 +233,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("sources.wheel.wheels", [], "list should have at least 1 item"),
     ("sources.wheel.wheels[0].package", "some-data", "string should match pattern"),
     ("sources.wheel.wheels[0].package", "--index-url http://x==1", "string should match pattern"),
+    ("sources.wheel.wheels[0].package", "--index-url==http://x", "string should match pattern"),
+    ("sources.wheel.wheels[0].package", "-r==x", "string should match pattern"),
     ("sources.file.url", "example.org/a.zip", "string should match pattern"),
     ("students.small", 3, "must be a mapping, got 3"),
     ("students.small", None, "must be a mapping, got None"),

@@ -19,7 +19,7 @@ from data.errors import UserError
 from data.files import digest
 from stages.parameters import load
 from stages.report import __main__ as report
-from stages.report import charts, comparison, page, recognition
+from stages.report import charts, comparison, page, recognition, sections
 from stages.report.results import Difference, Group, difference, error_of, read_task
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -382,6 +382,19 @@ def test_notes_on_what_is_out_of_date() -> None:
         "recognition-kd changed since its latency was measured",
     ]
     assert all(note in Reader(rendered()).text for note in notes)
+
+
+def test_a_batch_that_was_not_measured_is_a_dash() -> None:
+    write_latency()
+    file = Path("reports/latency/recognition.json")
+    measured = json.loads(file.read_text(encoding="utf-8"))
+    found = measured["models"]["recognition-teacher"]
+    found["latency_ms"] = {"1": found["latency_ms"]["1"]}
+    write(str(file), measured)
+    text = str(sections.latency(group()))
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row)[:4] for row in text.split("<tr")[3:]]
+    assert rows == [["0.125", "0.250", "-", "-"], *[["0.125", "0.250"] * 2] * len(NAMES[2:])]
+    assert "0.125" in comparison.text(group(), recognition)
 
 
 def test_data_that_may_not_be_passed_on() -> None:
