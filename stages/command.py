@@ -62,6 +62,10 @@ def errors_told(what: str, explain: Callable[[Exception], str | None] = lambda e
         yield
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output (`| head`) has seen enough; what is still buffered must not fail on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if isinstance(error, UserError):
             reason: str | None = str(error)

@@ -86,3 +86,18 @@ def test_a_stage_ends_with_its_parent() -> None:
     while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
         assert time.monotonic() < until, "the child outlived its parent"
         time.sleep(0.01)
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    code = (
+        "from stages.command import errors_told\n"
+        "with errors_told('report'):\n"
+        "    for line in range(100_000): print('a line of a long table', line, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "a line of a long table 0\n"
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
