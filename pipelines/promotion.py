@@ -13,10 +13,10 @@ import pandas as pd
 
 from data.errors import UserError
 from data.files import sha256
-from pipelines import decisions, gates, registry, tracking
+from pipelines import decisions, gates, tracking
 from pipelines.candidates import digest_of_test, gates_of, manifest, origin, read_json, samples_of_test, weights
 from pipelines.gates import Check
-from pipelines.registry import CHALLENGER, CHAMPION, SAMPLES, TAG_LENGTH, aliases, locked, stored, task_module
+from pipelines.versions import CHALLENGER, CHAMPION, SAMPLES, TAG_LENGTH, aliases, locked, stored, task_module, versions
 from stages import paths
 from stages.parameters import Parameters, load, select
 from stages.parameters.shared import Gates, Student
@@ -79,7 +79,7 @@ def rollback(task: str) -> None:
                 f"task {task!r} has no champion before "
                 + (f"version {now}, which stays" if now else "this moment: none was promoted yet")
             )
-        there = {str(version.version): version for version in registry.versions(client, task)}
+        there = {str(version.version): version for version in versions(client, task)}
         target = there.get(before[-2])
         if target is None:
             raise UserError(f"version {before[-2]}, champion before version {now}, was deleted from the registry")

@@ -17,9 +17,10 @@ import yaml
 
 from data.errors import UserError
 from data.files import sha256
-from pipelines import promotion, registry, tracking
+from pipelines import promotion, tracking, versions
 from pipelines.promotion import promote, rollback
-from pipelines.registry import aliases, register, show
+from pipelines.registry import register, show
+from pipelines.versions import aliases
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_project import TASK, Model, Small, usual
@@ -94,7 +95,7 @@ def held() -> dict[str, str]:
 
 def students() -> dict[str, str]:
     """Student by version."""
-    return {str(version.version): version.tags["student"] for version in registry.versions(tracking.connect(), TASK)}
+    return {str(version.version): version.tags["student"] for version in versions.versions(tracking.connect(), TASK)}
 
 
 def tags(version: str) -> dict[str, str]:
@@ -338,7 +339,7 @@ def edited_description(change: dict[str, Any]) -> Callable[[Small], object]:
     """The registry's description of the challenger, since that is what the gates read."""
 
     def act(project: Small) -> None:
-        file = registry.stored(TASK, held()["challenger"]) / "model.json"
+        file = versions.stored(TASK, held()["challenger"]) / "model.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
 
     return act
@@ -352,7 +353,7 @@ PARITY = {"samples": 20, "largest_difference": {"logits": 0.5}, "metric": {"onnx
     [
         (tampered(ONNX), "untampered"),
         (tampered(WEIGHTS), "untampered"),
-        (lambda project: (registry.stored(TASK, held()["challenger"]) / "model.onnx").write_bytes(b"x"), "untampered"),
+        (lambda project: (versions.stored(TASK, held()["challenger"]) / "model.onnx").write_bytes(b"x"), "untampered"),
         (lambda project: Path(f"data/validated/{TASK}/tiny.json").unlink(), "validated"),
         (lambda project: project.put(f"reports/evaluation/{TASK}/models.json", "{}"), "evaluated"),
         (lambda project: project.put(f"reports/evaluation/{TASK}/data.json", {"tiny": "0" * 64}), "evaluated"),
@@ -429,7 +430,7 @@ def test_the_champion_is_evaluated_again_when_test_data_moved(champion: Small, w
 
 
 def test_a_tampered_champion_is_not_compared_with(champion: Small) -> None:
-    (registry.stored(TASK, held()["champion"]) / "model.onnx").write_bytes(b"x")
+    (versions.stored(TASK, held()["champion"]) / "model.onnx").write_bytes(b"x")
     again(champion, wrong=3, weights="other")
     assert promote(TASK) is False
     assert failed() == ["champion"]
@@ -485,7 +486,7 @@ def test_rollback_past_a_champion_that_stood_twice(champion: Small) -> None:
 
 def test_rollback_restores_nothing_that_was_tampered_with(champion: Small) -> None:
     first, second, third = three_champions(champion)
-    (registry.stored(TASK, second) / "model.onnx").write_bytes(b"x")
+    (versions.stored(TASK, second) / "model.onnx").write_bytes(b"x")
     with pytest.raises(UserError, match=f"version {second} is not restored"):
         rollback(TASK)
     assert held()["champion"] == third

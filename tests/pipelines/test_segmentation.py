@@ -22,9 +22,10 @@ from data.segmentation import File, read
 from pipelines import tracking
 from pipelines.gates import evaluated
 from pipelines.promotion import promote
-from pipelines.registry import aliases, register
+from pipelines.registry import register
 from pipelines.serving.segmentation import LARGEST_SIDE, SMALLEST_SIDE, Student, best, bilinear, resize
 from pipelines.tasks import segmentation
+from pipelines.versions import aliases
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_project import CLASSES, TEST, usual

@@ -1,0 +1,105 @@
+"""What stands in the registry: versions of a task's registered model, their aliases and files, one change at a time."""
+
+import contextlib
+import fcntl
+import importlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.errors import UserError
+from pipelines import gates
+from pipelines.decisions import FOLDER
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+log = logging.getLogger("distillery")
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+SAMPLES = "test.samples.csv"
+TAG_LENGTH = 4900  # MLflow keeps 5,000 characters
+
+
+def key(version: "ModelVersion") -> tuple[str, str]:
+    """What makes a version the same student: its weights, and the ONNX file that is served."""
+    return version.tags.get("weights_sha256", ""), version.tags.get("onnx_sha256", "")
+
+
+def versions(client: "MlflowClient", task: str) -> list["ModelVersion"]:
+    """Every registered version of a task."""
+    found: list[ModelVersion] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name='{task}'", max_results=200, page_token=token)
+        found.extend(page)
+        token = page.token
+        if not token:
+            return found
+
+
+def aliases(client: "MlflowClient", task: str) -> dict[str, str]:
+    """Version by alias; nothing where nothing is registered."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return {alias: str(number) for alias, number in client.get_registered_model(task).aliases.items()}
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return {}
+        raise
+
+
+def stored(task: str, version: str) -> Path:
+    """The folder with the artifacts of a version: model.onnx, model.json, test.samples.csv.
+
+    Raises:
+        UserError: they are gone.
+    """
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        folder = Path(download_artifacts(artifact_uri=f"models:/{task}/{version}")) / "artifacts"
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"the files of version {version} of {task!r} cannot be read from the registry ({error}) · bring the "
+            "artifact store back, or delete the version and register the student again"
+        ) from None
+    for name in (gates.ONNX, gates.DESCRIPTION, SAMPLES):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"version {version} of {task!r} has no {name} in the registry · delete it and register again"
+            )
+    return folder
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """One command at a time changes the registry of this project; the kernel lets go when the process ends."""
+    FOLDER.mkdir(exist_ok=True)
+    with (FOLDER / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another command that changes the registry")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def ensure_model(client: "MlflowClient", task: str) -> None:
+    """The registered model of a task."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(task, description=f"Deployable students of the task {task!r}.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def task_module(task: str) -> Any:
+    """What the registry has to know of a task: `pipelines.tasks.<task>`."""
+    return importlib.import_module(f"pipelines.tasks.{task}")
