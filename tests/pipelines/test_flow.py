@@ -170,7 +170,7 @@ def small(tmp_path: Path, api: str) -> Iterator[Project]:
     project.folder.joinpath("modes").mkdir()
     project.folder.joinpath("seed").write_text("1")
     stages = {
-        name: {"cmd": f"python work.py {name}", "deps": [*upstream, "seed"], "outs": [name]}
+        name: {"cmd": f"exec python work.py {name}", "deps": [*upstream, "seed"], "outs": [name]}
         for name, upstream in STAGES.items()
     }
     project.folder.joinpath("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
