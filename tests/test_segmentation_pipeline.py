@@ -31,7 +31,9 @@ COMPARED = {"baseline", "champion", "teacher_share", "latency"}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project on which `dvc repro` has run once. Tests leave it as they found it."""
-    project = copy_tree(tmp_path_factory.mktemp("a clone", numbered=False) / "my project", "segmentation.yaml")
+    project = copy_tree(
+        tmp_path_factory.mktemp("a clone for segmentation", numbered=False) / "my project", "segmentation.yaml"
+    )
     project.run("dvc", "repro")
     project.commit("made")
     return project
