@@ -71,6 +71,12 @@ class Project:
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath(*parts)
 
+    def restore(self) -> None:
+        """Undo whatever a test did to parameters and results since the last commit."""
+        self.run("git", "checkout", "-q", "--", ".")
+        self.run("git", "clean", "-fdq", "-e", "reports")
+        self.run("dvc", "checkout", "-q", "--force")
+
     def commit(self, message: str) -> None:
         self.run("git", "add", "-A")
         self.run("git", "commit", "-qm", message)

@@ -43,9 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def project(made: Project) -> Iterator[Project]:
     """The made project; whatever a test did to its parameters and results is undone."""
     yield made
-    made.run("git", "checkout", "-q", "--", ".")
-    made.run("git", "clean", "-fdq", "-e", "reports")
-    made.run("dvc", "checkout", "-q", "--force")
+    made.restore()
 
 
 def weights(project: Project, method: str) -> Path:
