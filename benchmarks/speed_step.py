@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.artifacts import load_model
 from stages import paths
+from stages.command import errors_told
 from stages.parameters import TASKS, load
 from stages.training import Context, Method, Run
 
@@ -49,6 +50,13 @@ def stepper(method: Method, entry: Any) -> Callable[[], None]:
         method.step(context)
 
     return step
+
+
+def stale(error: Exception) -> str | None:
+    """What data or a teacher that is missing, or of older code, looks like."""
+    if isinstance(error, KeyError | OSError):
+        return f"data or a teacher is missing, or of older code ({error!r}) · run `dvc repro` first"
+    return None
 
 
 def rate(repetitions: int) -> float:
@@ -84,7 +92,8 @@ def main() -> None:
             for form in ("plain", "fast") if hasattr(entry, "form") else (None,):
                 key = f"{name} ({form})" if form else name
                 students[key] = entry.model_copy(update={"form": form}) if form else entry
-    steps = {key: stepper(learner(key, entry), entry) for key, entry in students.items()}
+    with errors_told(f"speed_step {arguments.task}", stale):
+        steps = {key: stepper(learner(key, entry), entry) for key, entry in students.items()}
     torch.set_num_threads(arguments.threads)
     counts = {}
     for key, step in steps.items():
