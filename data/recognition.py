@@ -22,6 +22,7 @@ import pandas as pd
 
 from data.errors import UserError
 from data.files import write_json
+from data.splits import split
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -115,34 +116,6 @@ def read_folder(folder: Path, size: int, channels: int, classes: Sequence[str] |
     return Samples(np.stack(images), np.array(labels, dtype=np.int64), ids, np.array(sizes), names)
 
 
-def split(labels: np.ndarray, validation: int, test: int, seed: int) -> np.ndarray:
-    """A fixed, stratified split: (N,) names out of SPLITS, every class in proportion, totals exact.
-
-    Raises:
-        UserError: more samples are held out than there are, or a class is left without a training sample.
-    """
-    total = len(labels)
-    if validation + test >= total:
-        raise UserError(f"split.validation + split.test = {validation + test}, but there are only {total} samples")
-    result = np.full(total, "train", dtype=object)
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(total)
-    for name, wanted in (("validation", validation), ("test", test)):
-        free = order[result[order] == "train"]
-        values, counts = np.unique(labels[free], return_counts=True)
-        take, remainder = np.divmod(wanted * counts, counts.sum())
-        # The largest remainders get what rounding down left over; ties go to the lower label.
-        take[np.argsort(-remainder, kind="stable")[: wanted - take.sum()]] += 1
-        for value, amount in zip(values, take, strict=True):
-            result[free[labels[free] == value][:amount]] = name
-    if lost := sorted(set(labels) - set(labels[result == "train"])):
-        raise UserError(
-            f"labels {[int(label) for label in lost]} have no sample left for training: too few samples for a split "
-            f"of {validation} and {test} · lower split.validation and split.test, or add samples"
-        )
-    return result
-
-
 def content_hashes(images: np.ndarray) -> list[str]:
     """sha256 of the pixels of each image."""
     return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images]
@@ -159,7 +132,8 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
         samples = read_csv(raw / dataset.file, dataset.size, dataset.channels, dataset.classes)
     else:
         samples = read_folder(raw, dataset.size, dataset.channels, dataset.classes)
-    part = split(samples.labels, dataset.split.validation, dataset.split.test, dataset.split.seed)
+    wanted = {"validation": dataset.split.validation, "test": dataset.split.test}
+    part = split(samples.labels, wanted, dataset.split.seed)
     total, squares = _moments(samples.images)
     mean, spread = _mean_and_spread(total.sum(1), squares.sum(1), samples.images[0].size)
     manifest = pd.DataFrame(

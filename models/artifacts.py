@@ -9,7 +9,7 @@ import importlib
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ class Description:
     Attributes:
         name, task, kind: kind is "teacher" or "student".
         network: what `models.<task>.build` makes it from.
-        interface: what goes in and comes out: classes, channels, mean, std, resize; for recognition resolution, for
-            segmentation size and fit.
+        interface: what goes in and comes out: classes; of images channels, mean, std and resize, for recognition
+            resolution, for segmentation size and fit; of texts length and tokenizer.
         recipe: its entry in params.yaml, defaults filled in.
         dataset: name and digest of the data it was trained and evaluated on.
-        teacher: name and weights_sha256, or None.
+        teacher: name and weights_sha256 of the model it learnt from, or None.
+        start: the same of the model whose weights it began with, or None.
         sources: name, licence, credit and redistributable of everything it was made from.
+        rows: number of samples that were drawn from, by the name of the stream: "train", and what was held out of it.
         parameters: number of trainable parameters.
         weights_sha256: of weights.safetensors; filled in by `save_model`.
     """
@@ -48,7 +50,9 @@ class Description:
     recipe: dict[str, Any]
     dataset: dict[str, str]
     teacher: dict[str, str] | None
+    start: dict[str, str] | None
     sources: list[dict[str, Any]]
+    rows: dict[str, int] = field(default_factory=dict)
     parameters: int = 0
     weights_sha256: str = ""
 

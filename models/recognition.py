@@ -1,15 +1,14 @@
 """Networks for recognition: an image to a pooled feature, an embedding and class scores."""
 
 import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from data.errors import UserError, suggest
 from models.layers import Block, Normalise
+from models.torchvision_import import import_torchvision
 
 
 class Output(NamedTuple):
@@ -104,33 +103,8 @@ def build(description: Mapping[str, Any]) -> nn.Module:
 
 def _torchvision_model(name: str) -> Any:
     """An untrained ResNet of torchvision."""
-    models = _torchvision_models()
+    import_torchvision()
+    models = importlib.import_module("torchvision.models")
     if name not in models.list_models():
         raise UserError(f"torchvision has no network {name!r}; {suggest(name, models.list_models())}")
     return models.get_model(name, weights=None)
-
-
-def _torchvision_models() -> Any:
-    """torchvision.models, also where torch is a CPU build beside PyPI's torchvision.
-
-    There its compiled extension does not load, and the import fails for want of two operators that no classification
-    network uses. They are declared only then: on a matching pair the extension would declare them a second time, and
-    the process would abort.
-    """
-    try:
-        return importlib.import_module("torchvision.models")
-    except RuntimeError:
-        for loaded in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[loaded]
-        _declare_missing_operators()
-        return importlib.import_module("torchvision.models")
-
-
-def _declare_missing_operators() -> None:
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _LIBRARIES.append(library)
-
-
-_LIBRARIES: list[Any] = []  # an operator is gone as soon as its library is collected

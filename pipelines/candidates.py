@@ -121,8 +121,8 @@ def best(found: list[Candidate]) -> Candidate:
 
 
 def weights(task: str, parameters: Parameters) -> dict[str, str]:
-    """sha256 of the weights of every model of a task that is here."""
-    folders = {name: paths.trained(task, name) for name in parameters.models(task)}
+    """sha256 of the weights of every model of a task that is here, companions included."""
+    folders = paths.models(task, parameters.models(task))
     return {
         name: read_json(folder / DESCRIPTION)["weights_sha256"]
         for name, folder in folders.items()

@@ -1,7 +1,7 @@
 """Where everything lies, relative to the root. dvc.yaml names the same paths; a test compares."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from data.errors import UserError
@@ -45,19 +45,38 @@ def trained(task: str, model: str) -> Path:
     return Path("models/trained") / task / model
 
 
-def refuse_strangers(task: str, models: Collection[str]) -> None:
+def companions(task: str, student: str) -> Path:
+    """What a method trained beside the student: models in folders of their own, and tables. Empty for most methods."""
+    return Path("models/companions") / task / student
+
+
+def models(task: str, names: Iterable[str]) -> dict[str, Path]:
+    """Folders of trained models: those of params.yaml by `names`, each followed by its companions as NAME.COMPANION.
+
+    No entry of params.yaml has a dot in its name.
+    """
+    found = {}
+    for name in names:
+        found[name] = trained(task, name)
+        beside = companions(task, name)
+        folders = sorted(path for path in beside.iterdir() if path.is_dir()) if beside.is_dir() else []
+        found |= {f"{name}.{folder.name}": folder for folder in folders}
+    return found
+
+
+def refuse_strangers(task: str, names: Collection[str]) -> None:
     """What lies among the models of a task enters the digest of its evaluation; it has to be known.
 
     Raises:
         UserError: a folder that params.yaml does not name, left by a student that was renamed or removed.
     """
-    folder = trained(task, "none").parent
-    found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
-    if strangers := [name for name in found if name not in models and name != "none"]:
-        raise UserError(
-            f"{folder} holds models that params.yaml does not name: {', '.join(strangers)} · "
-            f"name them there, or remove them: rm -r {' '.join(str(folder / name) for name in strangers)}"
-        )
+    for folder in (trained(task, "none").parent, companions(task, "none").parent):
+        found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+        if strangers := [name for name in found if name not in names and name != "none"]:
+            raise UserError(
+                f"{folder} holds models that params.yaml does not name: {', '.join(strangers)} · "
+                f"name them there, or remove them: rm -r {' '.join(str(folder / name) for name in strangers)}"
+            )
 
 
 def exported(task: str, student: str) -> Path:

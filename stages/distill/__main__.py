@@ -20,7 +20,7 @@ def main(key: str) -> None:
     task = module.for_student(entry, paths.prepared(entry.task, entry.dataset), run, teacher)
     source = teacher[1] if teacher else None
     learner = method.Learner(task, entry, run)
-    fit("distill", describe(key, entry, task, source), task, learner, run, teacher=source)
+    fit("distill", describe(key, entry, task, source), task, learner, run, before=source)
 
 
 if __name__ == "__main__":

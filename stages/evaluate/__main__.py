@@ -22,16 +22,17 @@ def main(key: str) -> None:
     settings = select(parameters.tasks, key, "task")
     torch.set_num_threads(settings.threads)
     task = importlib.import_module(f"stages.evaluate.{key}")
-    models = parameters.models(key)
-    paths.refuse_strangers(key, models)
+    names = parameters.models(key)
+    paths.refuse_strangers(key, names)
     with new_directory(paths.metrics(key)) as metrics, new_directory(paths.evaluation(key)) as details:
         figures, weights, manifests = {}, {}, {}
-        for name, entry in models.items():
-            paths.require_validated(key, entry.dataset)
-            network, description = load_model(paths.trained(key, name))
+        for name, folder in paths.models(key, names).items():
+            network, description = load_model(folder)
+            dataset = description.dataset["name"]
+            paths.require_validated(key, dataset)
             weights[name] = description.weights_sha256
-            prepared = paths.prepared(key, entry.dataset)
-            manifests[entry.dataset] = sha256(prepared / "manifest.csv")
+            prepared = paths.prepared(key, dataset)
+            manifests[dataset] = sha256(prepared / "manifest.csv")
             results = {split: task.evaluate(network, description, prepared, split, settings) for split in SPLITS}
             figures[name] = {split: result.metrics for split, result in results.items()}
             write_json(metrics / f"{name}.json", figures[name])

@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from data.errors import UserError, suggest
 from stages.parameters.shared import AnySource, Dataset, Export, Gates, Source, Student, Task, Teacher
 
-TASKS = ("recognition", "segmentation")
+TASKS = ("recognition", "segmentation", "text")
 CODE = "code"  # where the code lies, for dvc.yaml alone
 SECTIONS = ("sources", "datasets", "teachers", "students", "exports", "tasks", "gates")
 PER_TASK = {"tasks": "Task", "gates": "Gates"}  # sections whose entries are named after tasks
@@ -247,6 +247,14 @@ def _contradictions(parameters: Parameters) -> list[str]:
         else:
             pairs = schema(model.task).conflicts(model, parameters.datasets[model.dataset])
             mistakes.extend(f"{path}.{field}: {what}" for field, what in pairs)
+        if isinstance(model, Teacher):
+            others = [key for key, other in parameters.teachers.items() if other.task == model.task and key != name]
+            if model.start == name:
+                mistakes.append(f"{path}.start: a teacher cannot begin with itself")
+            elif model.start not in (*others, "none"):
+                mistakes.append(
+                    f"{path}.start: unknown teacher {model.start!r} of task {model.task}; {suggest(model.start, others)}"
+                )
         if isinstance(model, Student):
             teachers = [key for key, other in everything.items() if other.task == model.task and key != name]
             if model.teacher == name:
@@ -260,12 +268,14 @@ def _contradictions(parameters: Parameters) -> list[str]:
                 mistakes.append(f"{path}.teacher: method {model.method!r} needs a teacher")
         if model.task not in parameters.tasks:
             mistakes.append(f"tasks.{model.task}: is missing, and {path} belongs to this task")
-    for name in parameters.students:
-        chain = [name]
-        while chain[-1] in parameters.students and parameters.students[chain[-1]].teacher not in chain:
-            chain.append(parameters.students[chain[-1]].teacher)
-        if len(chain) > 1 and chain[-1] in parameters.students and parameters.students[chain[-1]].teacher == name:
-            mistakes.append(f"students.{name}.teacher: goes round in a circle: {' <- '.join([*chain, name])}")
+    for section, field in (("teachers", "start"), ("students", "teacher")):
+        entries: Mapping[str, Teacher | Student] = getattr(parameters, section)
+        for name in entries:
+            chain = [name]
+            while chain[-1] in entries and getattr(entries[chain[-1]], field) not in chain:
+                chain.append(getattr(entries[chain[-1]], field))
+            if len(chain) > 1 and chain[-1] in entries and getattr(entries[chain[-1]], field) == name:
+                mistakes.append(f"{section}.{name}.{field}: goes round in a circle: {' <- '.join([*chain, name])}")
     for name, export in parameters.exports.items():
         if name not in parameters.students:
             mistakes.append(f"exports.{name}: unknown student; {suggest(name, parameters.students)}")

@@ -118,8 +118,8 @@ class Teacher(shared.Teacher):
     def _trained_or_taken(self) -> "Teacher":
         if (self.network is None) == (self.outside is None):
             raise ValueError("needs either 'network' (it is trained here) or 'from' (an existing model)")
-        if self.outside is not None and "training" in self.model_fields_set:
-            raise ValueError("takes no 'training': the model of 'from' is taken as it is")
+        if self.outside is not None and ("training" in self.model_fields_set or self.start != "none"):
+            raise ValueError("takes neither 'training' nor 'start': the model of 'from' is taken as it is")
         return self
 
 

@@ -61,14 +61,14 @@ class Wheel(Section):
         return self
 
 
-class WheelSource(Source):
+class Wheels(Section):
     """Files out of wheels; nothing is installed."""
 
     kind: Literal["wheel"]
     wheels: Annotated[list[Wheel], Field(min_length=1)]
 
 
-class UrlSource(Source):
+class Url(Section):
     """One file."""
 
     kind: Literal["url"]
@@ -76,7 +76,7 @@ class UrlSource(Source):
     sha256: Sha256
 
 
-class FolderSource(Source):
+class Folder(Section):
     """A tree that is already on the machine; environment variables in `path` are expanded."""
 
     kind: Literal["folder"]
@@ -84,7 +84,26 @@ class FolderSource(Source):
     tree_digest: Sha256
 
 
-AnySource = Annotated[WheelSource | UrlSource | FolderSource, Field(discriminator="kind")]
+class WheelSource(Source, Wheels):
+    kind: Literal["wheel"]
+
+
+class UrlSource(Source, Url):
+    kind: Literal["url"]
+
+
+class FolderSource(Source, Folder):
+    kind: Literal["folder"]
+
+
+class PartsSource(Source):
+    """Several of the other kinds, fetched into one folder: data and a vocabulary, say."""
+
+    kind: Literal["parts"]
+    parts: Annotated[list[Annotated[Wheels | Url | Folder, Field(discriminator="kind")]], Field(min_length=2)]
+
+
+AnySource = Annotated[WheelSource | UrlSource | FolderSource | PartsSource, Field(discriminator="kind")]
 
 
 class Training(Section):
@@ -108,18 +127,32 @@ class Dataset(Section):
     source: str
 
 
+class Origin(Section):
+    """Where an existing model comes from, and what may be done with it; all that is made from it inherits this."""
+
+    name: str
+    licence: str
+    credit: str
+    redistributable: bool
+
+
 class Outside(Section):
     """An existing model: safetensors, or a state_dict that torch.load reads with weights_only."""
 
     file: str
     sha256: Sha256
+    origin: Origin | None = None
 
 
 class Teacher(Section):
-    """A model that is trained by its task's ordinary objective, or taken as it is (`outside`)."""
+    """A model that is trained by its task's ordinary objective, or taken as it is (`outside`).
+
+    `start` names another teacher of the task, whose weights it begins with, or `none`.
+    """
 
     task: str
     dataset: str
+    start: str
     training: Training
     outside: Outside | None
 

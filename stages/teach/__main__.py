@@ -2,6 +2,7 @@
 
 import importlib
 
+from models.artifacts import load_model
 from stages import command, paths
 from stages.distill.alone import Learner
 from stages.parameters import load, select
@@ -15,10 +16,12 @@ def main(key: str) -> None:
     paths.require_validated(entry.task, entry.dataset)
     run = Run(entry.training)
     module = importlib.import_module(f"stages.teach.{entry.task}")
-    task = module.for_teacher(entry, paths.prepared(entry.task, entry.dataset), run)
-    description = describe(key, entry, task)
+    start = None if entry.start == "none" else load_model(paths.trained(entry.task, entry.start))
+    task = module.for_teacher(entry, paths.prepared(entry.task, entry.dataset), run, start)
+    before = start[1] if start else None
+    description = describe(key, entry, task, start=before)
     if entry.outside is None:
-        fit("teach", description, task, Learner(task, entry, run), run)
+        fit("teach", description, task, task.pretraining() or Learner(task, entry, run), run, before=before)
     else:
         adopt("teach", description, task)
 

@@ -17,8 +17,9 @@ from models import recognition as models
 from models.artifacts import Description, read_outside_state
 from stages.parameters.recognition import AnyStudent, Network, Outside, Teacher, Training
 from stages.training import Context, Run, Stream, Task, Views, derive_seed
-from stages.training.existing import load_weights, normalisation, require_same_question
+from stages.training.existing import begin_with, load_weights, normalisation, require_same_question
 
+HEAD = ("classifier.",)  # what depends on the classes
 RESIZE = "bicubic with antialiasing, clamped to [0, 1]"
 Taught = tuple[nn.Module, Description]
 
@@ -118,8 +119,8 @@ class Recognition(Task):
             nesterov=settings.momentum > 0,
         )
 
-    def schedule(self, steps: int) -> Callable[[int], float]:
-        peak, rise = self._training.learning_rate, max(1, round(self._training.warmup * steps))
+    def schedule(self, steps: int, learning_rate: float | None = None) -> Callable[[int], float]:
+        peak, rise = learning_rate or self._training.learning_rate, max(1, round(self._training.warmup * steps))
 
         def rate(count: int) -> float:
             if count < rise:
@@ -167,12 +168,15 @@ def adopt(task: Recognition, outside: Outside) -> None:
     load_weights(task.student, state, what)
 
 
-def for_teacher(entry: Teacher, prepared: Path, run: Run) -> Recognition:
-    """The task as a teacher meets it: full resolution, and the weights of an existing model where one is named."""
+def for_teacher(entry: Teacher, prepared: Path, run: Run, start: Taught | None = None) -> Recognition:
+    """The task as a teacher meets it: full resolution, and the weights of another or an existing model if one is named."""
     description = data.describe(prepared)
     outside = entry.outside
     if outside is None:
-        return Recognition(prepared, cast(Network, entry.network), description["size"], entry.training, run)
+        task = Recognition(prepared, cast(Network, entry.network), description["size"], entry.training, run)
+        if start is not None:
+            begin_with(task.student, start, description["classes"], HEAD)
+        return task
     normalise = normalisation(outside, description, prepared)
     task = Recognition(
         prepared, outside.network, description["size"], entry.training, run, normalise=normalise, trains=False

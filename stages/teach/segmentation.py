@@ -16,13 +16,15 @@ from models import segmentation as models
 from models.artifacts import Description, read_outside_state
 from stages.parameters.segmentation import AnyStudent, Network, Outside, ResNet, Teacher, Training
 from stages.training import Context, Run, Stream, Task, Views, derive_seed
-from stages.training.existing import load_weights, normalisation, require_same_question
+from stages.training.existing import begin_with, load_weights, normalisation, require_same_question
 
 Taught = tuple[nn.Module, Description]
 
 # Mean and spread per channel that torchvision's weights were trained behind (its documentation of every ResNet).
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 RESIZE = "bilinear with antialiasing"
+# What depends on the classes.
+HEAD = ("head.", "auxiliary.")
 # While a model is watched, this many pixels go through it at once.
 PIXELS = 2**18
 
@@ -124,8 +126,9 @@ class Segmentation(Task):
             parameters, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
 
-    def schedule(self, steps: int) -> Callable[[int], float]:
-        peak, floor, power = self._training.learning_rate, self._training.floor, self._training.power
+    def schedule(self, steps: int, learning_rate: float | None = None) -> Callable[[int], float]:
+        peak, floor = learning_rate or self._training.learning_rate, self._training.floor
+        power = self._training.power
 
         def rate(count: int) -> float:
             return floor + (peak - floor) * (1 - count / steps) ** power
@@ -195,11 +198,14 @@ def adopt_encoder(network: models.Segmenter, encoder: ResNet) -> None:
     load_weights(network.encoder, {key: value for key, value in state.items() if key is not None}, what)
 
 
-def for_teacher(entry: Teacher, prepared: Path, run: Run) -> Segmentation:
-    """The task as a teacher meets it, with the weights of an existing model where one is named."""
+def for_teacher(entry: Teacher, prepared: Path, run: Run, start: Taught | None = None) -> Segmentation:
+    """The task as a teacher meets it, with the weights of another or an existing model where one is named."""
     outside = entry.outside
     if outside is None:
-        return Segmentation(prepared, cast(Network, entry.network), entry.training, run)
+        task = Segmentation(prepared, cast(Network, entry.network), entry.training, run)
+        if start is not None:
+            begin_with(task.student, start, data.describe(prepared)["classes"], HEAD)
+        return task
     normalise = normalisation(outside, data.describe(prepared), prepared)
     task = Segmentation(prepared, outside.network, entry.training, run, normalise=normalise, trains=False)
     adopt(task, outside)

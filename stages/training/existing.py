@@ -34,6 +34,24 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], what: str) -> 
     network.load_state_dict(state, strict=False)
 
 
+def begin_with(
+    network: nn.Module, start: tuple[nn.Module, Description], classes: list[str], head: tuple[str, ...]
+) -> None:
+    """Give a network the weights of another model of its shape; but for its head, where the classes are others.
+
+    Args:
+        head: beginnings of the names of parameters that depend on the classes.
+
+    Raises:
+        UserError: the two are of different shape (both shapes are named).
+    """
+    other, description = start
+    state, own = other.state_dict(), network.state_dict()
+    if description.interface["classes"] != classes:
+        state = {key: own[key] if key.startswith(head) else value for key, value in state.items()}
+    load_weights(network, state, f"`start`: the network of {description.name!r} is another")
+
+
 def require_same_question(teacher: Description, dataset: Mapping[str, Any], prepared: Path) -> None:
     """A teacher and a data set have to agree in classes and channels.
 

@@ -23,10 +23,22 @@ from stages.training.run import Run
 from stages.training.task import Task
 
 
-def describe(key: str, entry: Teacher | Student, task: Task, teacher: Description | None = None) -> Description:
-    """What is known of a model before it has weights."""
+def describe(
+    key: str,
+    entry: Teacher | Student,
+    task: Task,
+    teacher: Description | None = None,
+    start: Description | None = None,
+) -> Description:
+    """What is known of a model before it has weights.
+
+    Args:
+        teacher: of the model it learns from. start: of the model whose weights it begins with.
+    """
     sources = [task.source]
-    for other in teacher.sources if teacher else []:
+    outside = entry.outside if isinstance(entry, Teacher) else None
+    inherited = [outside.origin.model_dump()] if outside is not None and outside.origin is not None else []
+    for other in (*inherited, *(teacher.sources if teacher else []), *(start.sources if start else [])):
         if other not in sources:
             sources.append(other)
     return Description(
@@ -41,20 +53,29 @@ def describe(key: str, entry: Teacher | Student, task: Task, teacher: Descriptio
             "name": entry.dataset,
             "digest": sha256(paths.prepared(entry.task, entry.dataset) / "manifest.csv"),
         },
-        teacher={"name": teacher.name, "weights_sha256": teacher.weights_sha256} if teacher else None,
+        teacher=_reference(teacher),
+        start=_reference(start),
         sources=sources,
     )
 
 
+def _reference(model: Description | None) -> dict[str, str] | None:
+    return {"name": model.name, "weights_sha256": model.weights_sha256} if model else None
+
+
 def fit(
-    stage: str, description: Description, task: Task, learner: Method, run: Run, *, teacher: Description | None = None
+    stage: str, description: Description, task: Task, learner: Method, run: Run, *, before: Description | None = None
 ) -> None:
-    """Train, then write model, record and curves. Only the first process writes."""
+    """Train, then write model, companions, record and curves. Only the first process writes.
+
+    Args:
+        before: of the model that it learns from or begins with.
+    """
     key = description.name
-    # All of the teacher's description: other normalisation with the same weights is another teacher.
+    # All of that description: other normalisation with the same weights is another teacher.
     identity = {
         "model": dataclasses.asdict(description),
-        "teacher": dataclasses.asdict(teacher) if teacher else None,
+        "before": dataclasses.asdict(before) if before else None,
         "code": code_digest(),
     }
 
@@ -75,7 +96,10 @@ def fit(
             monitor_every=task.steps_per_epoch,
         )
         if run.rank == 0:
-            _write(description, learner.student, record)
+            if stage == "distill":
+                _write_companions(description, learner, before)
+            rows = {name: stream.size for name, stream in learner.streams.items()}
+            _write(dataclasses.replace(description, rows=rows), learner.student, record)
             shutil.rmtree(paths.checkpoints(stage, key))
 
 
@@ -112,6 +136,26 @@ def exclusive(stage: str, key: str) -> Iterator[None]:
                     ) from None
                 time.sleep(patience)
         yield
+
+
+def _write_companions(student: Description, learner: Method, teacher: Description | None) -> None:
+    """What was trained beside a student: its teacher's description with the student's recipe, and its own weights."""
+    with new_directory(paths.companions(student.task, student.name)) as output:
+        for name, network in learner.companions.items():
+            (output / name).mkdir()
+            description = dataclasses.replace(
+                teacher or student,
+                name=f"{student.name}.{name}",
+                recipe=student.recipe,
+                dataset=student.dataset,
+                teacher=None,
+                start=_reference(teacher),
+                sources=student.sources,
+                rows={stream: data.size for stream, data in learner.streams.items()},
+            )
+            save_model(output / name, network, description)
+        for name, table in learner.tables().items():
+            table.to_csv(output / f"{name}.csv", index=False, lineterminator="\n")
 
 
 def _write(description: Description, network: nn.Module, record: Path) -> None:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 
 from stages.training.run import Run
 from stages.training.streams import Stream, derive_seed
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Method(ABC):
@@ -56,6 +59,15 @@ class Method(ABC):
     def student(self) -> nn.Module:
         """The deployable network: no teacher, no hooks, no wrapper."""
         return self.modules["student"]
+
+    @property
+    def companions(self) -> Mapping[str, nn.Module]:
+        """Networks that were trained beside the student and are kept and evaluated with it: a teacher that learnt too."""
+        return {}
+
+    def tables(self) -> Mapping[str, "pd.DataFrame"]:
+        """What was found out about samples on the way, by name; kept beside the companions."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What is no module, optimiser or stream, and must survive a restart. Usually nothing."""

@@ -13,11 +13,15 @@ from stages.training.streams import Stream
 
 
 class Views(NamedTuple):
-    """One batch as each network sees it: the same samples in the same order, under the same augmentation."""
+    """One batch as each network sees it: the same samples in the same order, under the same augmentation.
+
+    `rows` are their places in the prepared data, (B,) int64, for methods that keep something per sample.
+    """
 
     student: Any
     teacher: Any
     target: Any
+    rows: Tensor | None = None
 
 
 class Task(ABC):
@@ -54,20 +58,38 @@ class Task(ABC):
             raise UserError("this method needs a teacher, and the student names none")
         return self.teacher
 
-    def optimize(self, method: Method, name: str, parameters: Iterable[Tensor]) -> None:
-        """Let a method train these parameters under this name: the task's optimiser, schedule and clipping."""
+    def optimize(
+        self, method: Method, name: str, parameters: Iterable[Tensor], learning_rate: float | None = None
+    ) -> None:
+        """Let a method train these parameters under this name: the task's optimiser, schedule and clipping.
+
+        Args:
+            learning_rate: the highest of the schedule, instead of the task's own.
+        """
         method.optimizers[name] = self.optimizer(parameters)
-        method.schedules[name] = self.schedule(self.steps)
+        method.schedules[name] = self.schedule(self.steps, learning_rate)
         if self.clip is not None:
             method.clip[name] = self.clip
 
+    def pretraining(self) -> Method | None:
+        """How the network learns as a teacher where that is not by the task's own objective."""
+        return None
+
     @abstractmethod
     def streams(self) -> dict[str, Stream]:
-        """Named data; "train" at least."""
+        """Named data; "train" at least, and "held_out" where the task holds samples out of it."""
 
     @abstractmethod
     def views(self, context: Context) -> Views:
         """The next training batch."""
+
+    def held_out(self, context: Context) -> Views:
+        """The next batch of samples that the task holds out of training.
+
+        Raises:
+            UserError: it holds none out.
+        """
+        raise UserError("this method needs samples that are held out of training, which this task does not offer")
 
     @abstractmethod
     def objective(self, output: Any, target: Any) -> Tensor:
@@ -86,8 +108,12 @@ class Task(ABC):
         """The task's optimiser with its own settings."""
 
     @abstractmethod
-    def schedule(self, steps: int) -> Callable[[int], float]:
-        """Learning rate as a function of the number of updates so far, for a training of `steps` updates."""
+    def schedule(self, steps: int, learning_rate: float | None = None) -> Callable[[int], float]:
+        """Learning rate as a function of the number of updates so far, for a training of `steps` updates.
+
+        Args:
+            learning_rate: the highest, instead of the task's own.
+        """
 
     @abstractmethod
     def monitor(self, network: nn.Module) -> Mapping[str, float]:
