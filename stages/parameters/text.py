@@ -71,8 +71,8 @@ class Vocabulary(Section):
 class Expectation(Section):
     """What validation demands of the prepared data, beyond what holds for every data set.
 
-    `duplicates` and `truncated` are the largest shares of samples whose text stands there before, in the same split, and
-    of texts that are longer than `length`.
+    `duplicates` and `truncated` are the largest shares of samples whose text stands there before, in the same split,
+    and of texts that are longer than `length`.
     """
 
     samples: Positive | None = None
