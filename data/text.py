@@ -194,7 +194,8 @@ def _labelled(
         if wrong.any():
             first, count = table[wrong].iloc[0], int(wrong.sum())
             raise UserError(
-                f"{folder} has {count} unknown label{'s' * (count > 1)} among its {part} samples: {first['label']!r} in row {first['row']}; known: {known} · correct the file, or `classes`"
+                f"{folder} has {count} unknown label{'s' * (count > 1)} among its {part} samples: {first['label']!r} "
+                f"in row {first['row']}; known: {known} · correct the file, or `classes`"
             )
         table["label"] = indices.astype(np.int64)
     return tables, list(labels.values()) if labels is not None else list(SCORES)
