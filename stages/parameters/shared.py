@@ -156,6 +156,11 @@ class Teacher(Section):
     training: Training
     outside: Outside | None
 
+    @property
+    def origins(self) -> list[Origin]:
+        """Of what it was made from besides its data."""
+        return [self.outside.origin] if self.outside is not None and self.outside.origin is not None else []
+
 
 class Student(Section):
     """The small model. `teacher` names a teacher, another student (then its assistant), or `none`."""
@@ -165,6 +170,11 @@ class Student(Section):
     method: str
     teacher: str
     training: Training
+
+    @property
+    def origins(self) -> list[Origin]:
+        """Of what it was made from besides its data and its teacher."""
+        return []
 
 
 class KD(Student):
