@@ -65,7 +65,7 @@ def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
             model(torch.rand(8, 3, *SIZE))
         folder = paths.trained("segmentation", name)
         folder.mkdir(parents=True)
-        description = Description(name, "segmentation", kind, network, interface, {}, {"name": "x"}, None, [])
+        description = Description(name, "segmentation", kind, network, interface, {}, {"name": "x"}, None, None, [])
         save_model(folder, model.eval(), description)
     return tmp_path
 
