@@ -1,6 +1,7 @@
 """Text: the data set's own metric, accuracy, F1, correlations, figures by class, calibration."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,7 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
         "correct": correct.int().numpy(),
     }
     totals = classification.counts(found["label"], found["prediction"], len(names)).sum(axis=0)
-    metrics = {"accuracy": classification.accuracy(totals), "macro_f1": classification.macro_f1(totals)}
+    metrics: dict[str, Any] = {"accuracy": classification.accuracy(totals), "macro_f1": classification.macro_f1(totals)}
     if len(names) == 2:
         metrics["f1"] = classification.f1(totals)
     metrics["matthews"] = classification.matthews(totals)

@@ -156,6 +156,11 @@ class Teacher(Section):
     training: Training
     outside: Outside | None
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether it has not learnt its task: other models begin with it, and its answers mean nothing."""
+        return getattr(self, "objective", "task") != "task"
+
 
 class Student(Section):
     """The small model. `teacher` names a teacher, another student (then its assistant), or `none`."""

@@ -11,7 +11,7 @@ def statistics(samples: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A row per text, by id, of columns that add up.
 
     Spearman's correlation is taken as Pearson's of ranks, each the place of a score among all given texts. These places
-    stay as they are when texts are drawn again or weighed, where one would have to rank anew: for 400 texts the standard
+    stay as they are when texts are drawn again or weighed, where one would have to rank anew: of 400 texts the standard
     error comes out within a tenth of the true one, whatever the correlation.
 
     Args:
@@ -33,8 +33,8 @@ def statistics(samples: pd.DataFrame, metric: str) -> pd.DataFrame:
 def figure(totals: np.ndarray, metric: str) -> np.ndarray:
     """(..., K) to the metric (...).
 
-    Classes that are neither labels nor predicted are left out of `macro_f1`; `f1`, `matthews` and `spearman` are 0 where
-    there are texts but the second class is nowhere, or one side has a single class or score.
+    Classes that are neither labels nor predicted are left out of `macro_f1`. Where there are texts, `f1` is 0 if the
+    second class is nowhere, and `matthews` and `spearman` are 0 if one side has a single class or score.
     """
     if metric == "accuracy":
         return ratio(totals[..., 0], totals[..., 1])

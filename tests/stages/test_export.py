@@ -32,7 +32,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "datasets": {
             "x": {"task": "recognition", "source": "x", "format": "csv", "file": "x.csv", "size": 8, "channels": 1}
         },
-        "teachers": {"big": {"task": "recognition", "dataset": "x", "network": network}},
+        "teachers": {"big": {"task": "recognition", "dataset": "x", "start": "none", "network": network}},
         "students": {
             "small": {"task": "recognition", "dataset": "x", "method": "alone", "teacher": "none", "resolution": 4}
         },
