@@ -161,6 +161,11 @@ class Teacher(Section):
         """Of what it was made from besides its data."""
         return [self.outside.origin] if self.outside is not None and self.outside.origin is not None else []
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether it has not learnt its task: other models begin with it, and its answers mean nothing."""
+        return False
+
 
 class Student(Section):
     """The small model. `teacher` names a teacher, another student (then its assistant), or `none`."""

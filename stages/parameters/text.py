@@ -192,6 +192,10 @@ class Teacher(shared.Teacher):
     training: Training = Training()
     outside: Outside | None = Field(default=None, alias="from")
 
+    @property
+    def pretrained(self) -> bool:
+        return self.objective != "task"
+
     @model_validator(mode="after")
     def _trained_or_taken(self) -> "Teacher":
         if (self.network is None) == (self.outside is None):
