@@ -13,6 +13,7 @@ import pandas as pd
 from data.errors import UserError
 from data.files import sha256
 from pipelines.gates import DESCRIPTION, ONNX, RECORD, evaluated, record_header, tampering
+from pipelines.versions import task_module
 from stages import paths
 from stages.parameters import Parameters
 from stages.parameters.shared import Gates, Student
@@ -105,7 +106,9 @@ def candidates(task: str, parameters: Parameters) -> tuple[list[Candidate], list
     if not made:
         repair = "; ".join(notes) or "name one under `exports` in params.yaml"
         raise UserError(f"task {task!r} has no exported student · {repair}")
-    problems = [said for name in made for said in tampering(paths.trained(task, name), paths.exported(task, name))]
+    files = task_module(task).FILES
+    folders = [(paths.trained(task, name), paths.exported(task, name)) for name in made]
+    problems = [said for trained, exported in folders for said in tampering(trained, exported, files)]
     if problems:
         raise UserError("nothing was registered: " + " | ".join(problems))
     # Selection on figures of other weights or data would be none.
@@ -131,9 +134,9 @@ def weights(task: str, parameters: Parameters) -> dict[str, str]:
 
 
 def digest_of_test(manifest: pd.DataFrame) -> str:
-    """Digest of the test samples: name, label and content of each, whatever their order."""
+    """Digest of the test samples: name, label, score and content of each, whatever their order."""
     rows = manifest[manifest["split"] == "test"].sort_values("id")
-    columns = [name for name in rows.columns if name in ("id", "label") or name.endswith("sha256")]
+    columns = [name for name in rows.columns if name in ("id", "label", "score") or name.endswith("sha256")]
     text = rows[columns].to_csv(index=False, lineterminator="\n")
     return hashlib.sha256(text.encode()).hexdigest()
 

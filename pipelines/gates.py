@@ -75,6 +75,7 @@ def not_worse(name: str, ours: Scores, theirs: Scores, other: str, gates: Gates)
     bound = float(np.quantile(resampled[0] - resampled[1], 1 - gates.confidence))
     # The figure of every sample for itself: how often one model is better, however much.
     one_by_one = ours.figure(ours.rows), theirs.figure(theirs.rows)
+    defined = np.isfinite(one_by_one).all()  # of some metrics, correlations say, one sample has no figure
     difference = ours.value - theirs.value
     figures |= {
         "score": ours.value,
@@ -84,14 +85,16 @@ def not_worse(name: str, ours: Scores, theirs: Scores, other: str, gates: Gates)
         "confidence": gates.confidence,
         "resamples": gates.resamples,
         "seed": gates.seed,
-        "samples_better": int((one_by_one[0] > one_by_one[1]).sum()),
-        "samples_worse": int((one_by_one[0] < one_by_one[1]).sum()),
     }
+    if defined:
+        figures["samples_better"] = int((one_by_one[0] > one_by_one[1]).sum())
+        figures["samples_worse"] = int((one_by_one[0] < one_by_one[1]).sum())
     # Written so that NaN does not pass.
     passed = bound >= -gates.delta - ROUNDING
     sentence = (
-        f"{_percent(ours.value)} against {_percent(theirs.value)} of {other} on {samples:,} test samples: "
-        f"difference {100 * difference:+.2f} points, at {100 * gates.confidence:g} % no lower than {100 * bound:+.2f} "
+        f"{gates.metric} {100 * ours.value:.2f} against {100 * theirs.value:.2f} of {other} (100 is perfect) on "
+        f"{samples:,} test samples: difference {100 * difference:+.2f} points, at {100 * gates.confidence:g} % "
+        f"no lower than {100 * bound:+.2f} "
         f"({'within' if passed else 'beyond'} the {100 * gates.delta:g} points that it may be worse)"
     )
     return Check(name, passed, sentence, figures)
@@ -106,7 +109,7 @@ def teacher_share(ours: float, theirs: float | None, teacher: str | None, least:
     return Check(
         "teacher_share",
         passed,
-        f"keeps {_percent(kept)} of {teacher} ({_percent(ours)} of {_percent(theirs)}), "
+        f"keeps {_percent(kept)} of {teacher} ({ours:.4f} of {theirs:.4f}), "
         f"{'at least' if passed else 'less than the'} {_percent(least)} wanted",
         {"teacher": teacher, "score": ours, "teacher_score": theirs, "share": kept, "least": least},
     )
@@ -176,8 +179,13 @@ def latency(
 
 
 def interface(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What a caller relies on: name, shape and type of the input, and what the answers mean."""
-    return {"input": description["input"], "classes": description["interface"].get("classes")}
+    """What a caller relies on: name, shape and type of the input, how many texts it is, what the answers mean."""
+    described = description["interface"]
+    return {
+        "input": description["input"],
+        "classes": described.get("classes"),
+        **({"pair": described["pair"]} if "pair" in described else {}),
+    }
 
 
 def signature(ours: Mapping[str, Any], champions: Mapping[str, Any], champion: str) -> Check:
@@ -202,13 +210,18 @@ def redistributable(sources: list[Mapping[str, Any]]) -> Check:
     )
 
 
-def tampering(trained: Path, exported: Path) -> list[str]:
-    """A sentence, with both digests, per file of a student that is not what was described; missing ones included."""
+def tampering(trained: Path, exported: Path, files: Mapping[str, str]) -> list[str]:
+    """A sentence, with both digests, per file of a student that is not what was described; missing ones included.
+
+    Args:
+        files: what is exported beside the ONNX file, and where the interface of the trained student has its sha256.
+    """
     found = []
     try:
         ours = json.loads((trained / DESCRIPTION).read_text(encoding="utf-8"))
         theirs = json.loads((exported / DESCRIPTION).read_text(encoding="utf-8"))
         wanted = {trained / WEIGHTS: ours["weights_sha256"], exported / ONNX: theirs["onnx_sha256"]}
+        wanted |= {exported / name: ours["interface"][key] for name, key in files.items()}
         if theirs["weights_sha256"] != ours["weights_sha256"]:
             found.append(
                 f"{exported / ONNX} was exported from other weights: {theirs['weights_sha256']}, now "
@@ -226,16 +239,18 @@ def tampering(trained: Path, exported: Path) -> list[str]:
     return found
 
 
-def untampered(trained: Path, exported: Path, registered: Mapping[str, str]) -> Check:
-    """Weights and ONNX are what was described, and what was registered.
+def untampered(trained: Path, exported: Path, registered: Mapping[str, str], files: Mapping[str, str]) -> Check:
+    """Weights and exported files are what was described, and what was registered.
 
     Args:
-        registered: weights_sha256 and onnx_sha256 of the registered version, and `stored_onnx_sha256`, that of the
-            file which the registry holds.
+        registered: sha256 of the registered version: `weights_sha256`, `onnx_sha256` and that of each of `files`; and
+            those of the files which the registry holds, as `stored_onnx_sha256`.
+        files: as in `tampering`.
     """
-    problems = tampering(trained, exported)
+    problems = tampering(trained, exported, files)
     figures: dict[str, Any] = dict(registered)
-    for path, key in ((trained / WEIGHTS, "weights_sha256"), (exported / ONNX, "onnx_sha256")):
+    served = {ONNX: "onnx_sha256", **files}
+    for path, key in ((trained / WEIGHTS, "weights_sha256"), *((exported / name, served[name]) for name in served)):
         found = sha256(path) if path.is_file() else "nothing"
         figures[f"found_{key}"] = found
         if not problems and found != registered[key]:
@@ -243,13 +258,15 @@ def untampered(trained: Path, exported: Path, registered: Mapping[str, str]) -> 
                 f"{path} is no longer what was registered: sha256 {registered[key]}, now {found} · "
                 "run `python -m pipelines.registry register` again"
             )
-    if registered["stored_onnx_sha256"] != registered["onnx_sha256"]:
-        problems.append(
-            f"the registry's own copy of the ONNX file is not what was registered: wanted sha256 "
-            f"{registered['onnx_sha256']}, got {registered['stored_onnx_sha256']} · do not serve it; delete this "
-            "version and register the student again"
-        )
-    said = "; ".join(problems) or "weights, ONNX file and the registry's copy have the digests that were registered"
+    for name, key in served.items():
+        if registered[f"stored_{key}"] != registered[key]:
+            problems.append(
+                f"the registry's own copy of {name} is not what was registered: wanted sha256 {registered[key]}, "
+                f"got {registered[f'stored_{key}']} · do not serve it; delete this version and register the student "
+                "again"
+            )
+    named = ", ".join(("weights", *served))
+    said = "; ".join(problems) or f"{named} and the registry's copies have the digests that were registered"
     return Check("untampered", not problems, said, figures)
 
 

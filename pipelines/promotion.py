@@ -16,7 +16,19 @@ from data.files import sha256
 from pipelines import decisions, gates, tracking
 from pipelines.candidates import digest_of_test, gates_of, manifest, origin, read_json, samples_of_test, weights
 from pipelines.gates import Check
-from pipelines.versions import CHALLENGER, CHAMPION, SAMPLES, TAG_LENGTH, aliases, locked, stored, task_module, versions
+from pipelines.versions import (
+    CHALLENGER,
+    CHAMPION,
+    SAMPLES,
+    TAG_LENGTH,
+    aliases,
+    changed,
+    locked,
+    served,
+    stored,
+    task_module,
+    versions,
+)
 from stages import paths
 from stages.parameters import Parameters, load, select
 from stages.parameters.shared import Gates, Student
@@ -83,12 +95,8 @@ def rollback(task: str) -> None:
         target = there.get(before[-2])
         if target is None:
             raise UserError(f"version {before[-2]}, champion before version {now}, was deleted from the registry")
-        digest = sha256(stored(task, target.version) / gates.ONNX)
-        if digest != target.tags["onnx_sha256"]:
-            raise UserError(
-                f"version {target.version} is not restored: its ONNX file in the registry is not what was registered: "
-                f"wanted sha256 {target.tags['onnx_sha256']}, got {digest}"
-            )
+        if said := changed(target, stored(task, target.version)):
+            raise UserError(f"version {target.version} is not restored: its {said}")
         record = decisions.write(task, "rolled-back", {**_facts(target), "champion_before": now}, [])
         _tag(client, target, record, [], None)
         # Shortened to what holds now: a champion that stood twice would be found in its later place otherwise.
@@ -131,11 +139,12 @@ def examine(
     description = read_json(kept / gates.DESCRIPTION)
     state, today = origin(), manifest(task, entry.dataset)
     samples = samples_of_test(task, name)
-    registered = {key: challenger.tags[key] for key in ("weights_sha256", "onnx_sha256")}
-    registered["stored_onnx_sha256"] = sha256(kept / gates.ONNX)
+    registered = {"weights_sha256": challenger.tags["weights_sha256"]}
+    for file, tag in served(task).items():
+        registered |= {tag: challenger.tags[tag], f"stored_{tag}": sha256(kept / file)}
     ours = scores(task, samples, settings.metric)
     checks = [
-        gates.untampered(trained, exported, registered),
+        gates.untampered(trained, exported, registered, task_module(task).FILES),
         gates.validated(task, entry.dataset, description["dataset"]["digest"]),
         gates.evaluated(task, entry.dataset, weights(task, parameters)),
         _baseline(task, parameters, name, ours, settings),
@@ -189,19 +198,15 @@ def _champion(
         return Check("champion", True, "there is no champion yet", {})
     label = f"version {champion.version} ({champion.tags['student']})"
     kept = stored(task, champion.version)
-    found = sha256(kept / gates.ONNX)
-    if found != champion.tags["onnx_sha256"]:
-        said = (
-            f"the ONNX file of {label} is not what was registered: sha256 {champion.tags['onnx_sha256']}, got {found}"
-        )
-        return Check("champion", False, f"{said} · `python -m pipelines.registry rollback {task}`", {"found": found})
+    if said := changed(champion, kept):
+        return Check("champion", False, f"{label}: {said} · `python -m pipelines.registry rollback {task}`")
     digest = digest_of_test(today)
     moved = digest != champion.tags["test_sha256"]
     if moved:
         try:
             description = read_json(kept / gates.DESCRIPTION)
-            table = task_module(task).evaluate(kept / gates.ONNX, description, paths.prepared(task, dataset))
-        except Exception as error:  # whatever ONNX Runtime says about images of another kind
+            table = task_module(task).evaluate(kept, description, paths.prepared(task, dataset))
+        except Exception as error:  # whatever ONNX Runtime says about data of another kind
             said = f"{label} cannot answer today's test data: {type(error).__name__}: {str(error)[:300]}"
             return Check("champion", False, said, {"test_sha256": digest, "registered": champion.tags["test_sha256"]})
     else:
@@ -215,25 +220,31 @@ def _champion(
 def _teacher(
     task: str, parameters: Parameters, name: str, score: float, description: dict[str, Any], settings: Gates
 ) -> Check:
-    """Against the teacher at the end of the chain; a student of labels alone, against the best of its data set."""
+    """Against the teacher at the end of the chain; a student of labels alone, against the best of its data set.
+
+    A teacher that learnt together with a student (its companion `teacher`) stands for the one that it began as, which
+    may never have learnt the task.
+    """
+    folders = paths.models(task, parameters.models(task))
     chain = [name]
     while chain[-1] in parameters.students:
-        chain.append(parameters.students[chain[-1]].teacher)
+        together = f"{chain[-1]}.teacher"
+        chain.append(together if together in folders else parameters.students[chain[-1]].teacher)
     dataset = parameters.students[name].dataset
-    teachers = [chain[-1]] if chain[-1] in parameters.teachers else []
+    teachers = [] if chain[-1] == "none" else [chain[-1]]
     teachers = teachers or [other for other, entry in parameters.teachers.items() if entry.dataset == dataset]
-    answers = gates.interface(description)["classes"]
-    comparable = {
-        teacher: read_json(paths.metrics(task) / f"{teacher}.json")
-        for teacher in teachers
-        if parameters.teachers[teacher].dataset == dataset
-        and read_json(paths.trained(task, teacher) / gates.DESCRIPTION)["interface"].get("classes") == answers
-    }
+    wanted = (dataset, gates.interface(description)["classes"])
+    comparable = {}
+    for teacher in teachers:
+        theirs = read_json(folders[teacher] / gates.DESCRIPTION)
+        if (theirs["dataset"]["name"], theirs["interface"].get("classes")) == wanted:
+            figures = read_json(paths.metrics(task) / f"{teacher}.json")
+            comparable[teacher] = figures["validation"].get(settings.metric, 0.0)
     if not comparable:
         return gates.teacher_share(score, None, None, settings.teacher_share)
-    best = max(comparable, key=lambda teacher: comparable[teacher]["validation"].get(settings.metric, 0.0))
-    theirs = scores(task, samples_of_test(task, best), settings.metric)
-    return gates.teacher_share(score, theirs.value, best, settings.teacher_share)
+    best = max(comparable, key=lambda teacher: comparable[teacher])
+    value = scores(task, samples_of_test(task, best), settings.metric).value
+    return gates.teacher_share(score, value, best, settings.teacher_share)
 
 
 def _signature(task: str, description: dict[str, Any], champion: "ModelVersion | None") -> Check:

@@ -1,7 +1,7 @@
 """Records as they lie on disk: finished ones beside their outputs, growing ones beside the checkpoints.
 
 models/trained/TASK/MODEL/record.jsonl              a finished training, with model.json
-reports/evaluation/TASK/record.jsonl                a finished evaluation
+reports/evaluation/TASK/record.jsonl                a finished evaluation, with models.json
 .checkpoints/STAGE/KEY/DIGEST16/record.jsonl        a training under way, or one that was stopped
 """
 
@@ -23,7 +23,7 @@ from data.errors import UserError
 from data.files import digest, sha256
 from stages import paths
 
-FILE, DESCRIPTION = "record.jsonl", "model.json"
+FILE, DESCRIPTION, MODELS = "record.jsonl", "model.json", "models.json"
 # A training lets go of its lock a moment before its output is complete: while following, only silence means an end.
 QUIET_SECONDS = 10.0
 
@@ -40,8 +40,9 @@ class Source:
         modified: when it was last written, in milliseconds.
         lines: every complete line after the first, not parsed.
         description: model.json of a finished training; what params.yaml says of a living one; else empty.
-        identity: which run it is. The digest of a training names all that decides its lines. That of an evaluation
-            names the models only, and that of a model taken as it is only its file: there the bytes decide as well.
+        evaluated: of an evaluation, sha256 of the weights by model; else empty.
+        identity: which run it is. The digest of a training names all that decides its lines. That of an evaluation, or
+            of a model taken as it is, names no device, and another one may round otherwise: there the bytes decide.
     """
 
     stage: str
@@ -53,6 +54,7 @@ class Source:
     modified: int
     lines: list[bytes] = field(repr=False)
     description: Mapping[str, Any] = field(repr=False)
+    evaluated: Mapping[str, str] = field(repr=False)
     identity: str
 
     @property
@@ -113,17 +115,18 @@ def read_parameters() -> dict[str, Any]:
 def _finished(path: Path, kind: str) -> Source:
     # The folder may be replaced by another between two reads: both files are read from the folder that was opened.
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    beside = DESCRIPTION if kind == "trained" else MODELS
     try:
         content, modified = _read(FILE, folder)
-        description = json.loads(_read(DESCRIPTION, folder)[0]) if kind == "trained" else {}
+        described = json.loads(_read(beside, folder)[0])
     except ValueError:
-        raise UserError(f"{path.parent / DESCRIPTION} is damaged · run `dvc checkout`") from None
+        raise UserError(f"{path.parent / beside} is damaged · run `dvc checkout`") from None
     finally:
         os.close(folder)
     header, lines = _parse(content)
     if not header or not content.endswith(b"\n"):
         raise UserError(f"{path} is damaged: it is not a header and complete lines · run `dvc checkout`")
-    by_content = kind == "evaluated" or bool(description.get("recipe", {}).get("from"))
+    by_content = kind == "evaluated" or bool(described.get("recipe", {}).get("from"))
     return Source(
         stage=header["stage"],
         key=header["key"],
@@ -133,7 +136,8 @@ def _finished(path: Path, kind: str) -> Source:
         alive=True,
         modified=modified,
         lines=lines,
-        description=description,
+        description=described if kind == "trained" else {},
+        evaluated=described if kind == "evaluated" else {},
         identity=hashlib.sha256(content).hexdigest() if by_content else header["digest"],
     )
 
@@ -168,6 +172,7 @@ def _growing(quiet_seconds: float) -> Iterator[Source]:
                 modified=modified,
                 lines=lines,
                 description={"recipe": entry} if alive else {},
+                evaluated={},
                 identity=header["digest"],
             )
 
@@ -202,15 +207,18 @@ def _held(lock: Path) -> bool:
 
 
 def evaluated_models(evaluation: Source, every: list[Source]) -> list[Source]:
-    """The models that an evaluation is of; none if other ones lie there by now."""
-    names = {name.partition("/")[0] for _, _, name, _ in evaluation.values(0)}
+    """The models that an evaluation is of; none if other ones lie there by now.
+
+    Companions (NAME.COMPANION) are not among them: the training of their student made both, and its record is theirs.
+    """
+    wanted = {name: weights for name, weights in evaluation.evaluated.items() if "." not in name}
     models = [
         source
         for source in every
-        if source.finished and source.description and source.task == evaluation.task and source.key in names
+        if source.finished and source.description and source.task == evaluation.task and source.key in wanted
     ]
-    weights = {source.key: source.description["weights_sha256"] for source in models}
-    return models if digest(weights) == evaluation.digest else []
+    found = {source.key: source.description["weights_sha256"] for source in models}
+    return models if found == wanted else []
 
 
 @dataclass(frozen=True)

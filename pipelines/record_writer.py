@@ -216,7 +216,10 @@ class Writer:
         self.client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def _write_to_models(self, experiment: str, evaluation: Source, run: "Run", models: list[Source]) -> None:
-        """What an evaluation found, in the runs of its models too: only there can the UI compare them."""
+        """What an evaluation found, in the runs of its models too: only there can the UI compare them.
+
+        What it found of a companion stands in the run of its student, under the companion's name.
+        """
         from mlflow.entities import Metric
 
         for model in models:
@@ -226,9 +229,11 @@ class Writer:
             metrics = []
             for number, _, name, value in evaluation.values(0):
                 owner, _, rest = name.partition("/")
-                if owner == model.key:
+                student, _, companion = owner.partition(".")
+                if student == model.key:
                     # `validation/...` alone is the curve that the training wrote.
                     shown = rest if rest.startswith("test/") else f"final/{rest}"
+                    shown = f"{companion}/{shown}" if companion else shown
                     metrics.append(Metric(_name(shown), value, run.info.start_time + number, 0))
             for start in range(0, len(metrics), METRICS_PER_CALL):
                 self.client.log_batch(found.info.run_id, metrics=metrics[start : start + METRICS_PER_CALL])

@@ -57,7 +57,7 @@ log = logging.getLogger("distillery")
 
 SERVING = Path(__file__).parent / "serving"
 QUIET = {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
-# What a server of the model has to have; the versions are those that are installed here.
+# What a server of any model has to have, beside what its task asks for; the versions are those that are installed here.
 REQUIREMENTS = ("mlflow", "numpy", "onnxruntime")
 
 
@@ -73,10 +73,10 @@ def register(task: str) -> None:
         client = tracking.connect()
         ensure_model(client, task)
         settings = gates_of(task, parameters)
-        known = {key(version): version for version in versions(client, task)}
+        known = {key(task, version.tags): version for version in versions(client, task)}
         chosen = best(found)
         for candidate in found:
-            own = (candidate.description["weights_sha256"], candidate.description["onnx_sha256"])
+            own = key(task, _digests(task, candidate.description))
             if new := own not in known:
                 known[own] = _register(client, task, candidate, settings.metric)
             version = known[own]
@@ -138,10 +138,11 @@ def _register(client: "MlflowClient", task: str, candidate: Candidate, metric: s
                 "onnx": str(candidate.onnx),
                 "description": str(candidate.exported / gates.DESCRIPTION),
                 "samples": str(samples),
+                **{Path(name).stem: str(candidate.exported / name) for name in module.FILES},
             },
             signature=module.signature(),
             input_example=module.example(description),
-            pip_requirements=_requirements(),
+            pip_requirements=_requirements(module.REQUIREMENTS),
             metadata={"request": module.REQUEST, **gates.interface(description)},
         )
     tags = _tags(task, candidate, metric)
@@ -168,8 +169,7 @@ def _tags(task: str, candidate: Candidate, metric: str) -> dict[str, str]:
         "student": candidate.name,
         "method": candidate.entry.method,
         "teacher": teacher["name"],
-        "weights_sha256": description["weights_sha256"],
-        "onnx_sha256": description["onnx_sha256"],
+        **_digests(task, description),
         "teacher_sha256": teacher["weights_sha256"],
         "dataset": description["dataset"]["name"],
         "data_sha256": description["dataset"]["digest"],
@@ -187,10 +187,16 @@ def _tags(task: str, candidate: Candidate, metric: str) -> dict[str, str]:
     return {name: value[:TAG_LENGTH] for name, value in tags.items()}
 
 
-def _requirements() -> list[str]:
+def _digests(task: str, description: dict[str, Any]) -> dict[str, str]:
+    """sha256 of weights and of what is served, as a version's tags have them."""
+    own = {tag: description["interface"][tag] for tag in task_module(task).FILES.values()}
+    return {"weights_sha256": description["weights_sha256"], "onnx_sha256": description["onnx_sha256"], **own}
+
+
+def _requirements(own: tuple[str, ...]) -> list[str]:
     from importlib.metadata import version
 
-    return [f"{name}=={version(name)}" for name in REQUIREMENTS]
+    return [f"{name}=={version(name)}" for name in (*REQUIREMENTS, *own)]
 
 
 def _experiment(client: "MlflowClient", task: str) -> str:

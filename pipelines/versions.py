@@ -4,11 +4,12 @@ import contextlib
 import fcntl
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import UserError
+from data.files import sha256
 from pipelines import gates
 from pipelines.decisions import FOLDER
 
@@ -23,9 +24,14 @@ SAMPLES = "test.samples.csv"
 TAG_LENGTH = 4900  # MLflow keeps 5,000 characters
 
 
-def key(version: "ModelVersion") -> tuple[str, str]:
-    """What makes a version the same student: its weights, and the ONNX file that is served."""
-    return version.tags.get("weights_sha256", ""), version.tags.get("onnx_sha256", "")
+def served(task: str) -> dict[str, str]:
+    """The files that a version of a task is served from, each with the tag that holds its sha256."""
+    return {gates.ONNX: "onnx_sha256", **task_module(task).FILES}
+
+
+def key(task: str, tags: Mapping[str, str]) -> tuple[str, ...]:
+    """What makes a version the same student: its weights, and the files that are served."""
+    return tuple(tags.get(name, "") for name in ("weights_sha256", *served(task).values()))
 
 
 def versions(client: "MlflowClient", task: str) -> list["ModelVersion"]:
@@ -53,7 +59,7 @@ def aliases(client: "MlflowClient", task: str) -> dict[str, str]:
 
 
 def stored(task: str, version: str) -> Path:
-    """The folder with the artifacts of a version: model.onnx, model.json, test.samples.csv.
+    """The folder with the artifacts of a version: model.json, test.samples.csv, and what it is served from.
 
     Raises:
         UserError: they are gone.
@@ -68,12 +74,25 @@ def stored(task: str, version: str) -> Path:
             f"the files of version {version} of {task!r} cannot be read from the registry ({error}) · bring the "
             "artifact store back, or delete the version and register the student again"
         ) from None
-    for name in (gates.ONNX, gates.DESCRIPTION, SAMPLES):
+    for name in (*served(task), gates.DESCRIPTION, SAMPLES):
         if not (folder / name).is_file():
             raise UserError(
                 f"version {version} of {task!r} has no {name} in the registry · delete it and register again"
             )
     return folder
+
+
+def changed(version: "ModelVersion", folder: Path) -> str:
+    """What is said of the first file in the registry that is not what was registered; nothing where all are.
+
+    Args:
+        folder: as `stored` found it.
+    """
+    for name, tag in served(version.name).items():
+        found, wanted = sha256(folder / name), version.tags[tag]
+        if found != wanted:
+            return f"{name} in the registry is not what was registered: wanted sha256 {wanted}, got {found}"
+    return ""
 
 
 @contextlib.contextmanager

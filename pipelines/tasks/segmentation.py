@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from pipelines.gates import ONNX
+
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
+FILES: dict[str, str] = {}
+REQUIREMENTS: tuple[str, ...] = ()
 REQUEST = '{"inputs": [IMAGE, ...]}, an image being nested lists (3, H, W) of pixels from 0 to 255'
 BATCH = 8
 
@@ -47,12 +51,12 @@ def example(description: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {"images": np.linspace(0, 255, int(np.prod(shape))).round().reshape(1, *shape)}
 
 
-def evaluate(onnx: Path, description: Mapping[str, Any], prepared: Path) -> pd.DataFrame:
+def evaluate(files: Path, description: Mapping[str, Any], prepared: Path) -> pd.DataFrame:
     """What `stages.evaluate` says of every test image, from an ONNX file: a row per image, with its id and, per class,
     `intersection_k` and `union_k` in pixels that have a label.
 
     Args:
-        description: model.json beside the file. prepared: the data set of today.
+        files: the folder of a version's. description: its model.json. prepared: the data set of today.
 
     Raises:
         ValueError: the data set has a label that the model does not know.
@@ -65,7 +69,7 @@ def evaluate(onnx: Path, description: Mapping[str, Any], prepared: Path) -> pd.D
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(files / ONNX), options, providers=["CPUExecutionProvider"])
     ids, images, labels = data.load(prepared, "test")
     name, classes = description["input"]["name"], len(description["interface"]["classes"])
     parts = []

@@ -249,12 +249,11 @@ def _contradictions(parameters: Parameters) -> list[str]:
             mistakes.extend(f"{path}.{field}: {what}" for field, what in pairs)
         if isinstance(model, Teacher):
             others = [key for key, other in parameters.teachers.items() if other.task == model.task and key != name]
+            near = suggest(model.start, others)
             if model.start == name:
                 mistakes.append(f"{path}.start: a teacher cannot begin with itself")
             elif model.start not in (*others, "none"):
-                mistakes.append(
-                    f"{path}.start: unknown teacher {model.start!r} of task {model.task}; {suggest(model.start, others)}"
-                )
+                mistakes.append(f"{path}.start: unknown teacher {model.start!r} of task {model.task}; {near}")
         if isinstance(model, Student):
             teachers = [key for key, other in everything.items() if other.task == model.task and key != name]
             if model.teacher == name:

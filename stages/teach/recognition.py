@@ -169,7 +169,7 @@ def adopt(task: Recognition, outside: Outside) -> None:
 
 
 def for_teacher(entry: Teacher, prepared: Path, run: Run, start: Taught | None = None) -> Recognition:
-    """The task as a teacher meets it: full resolution, and the weights of another or an existing model if one is named."""
+    """The task as a teacher meets it: full resolution, and the weights of another or existing model if one is named."""
     description = data.describe(prepared)
     outside = entry.outside
     if outside is None:

@@ -52,16 +52,21 @@ def begin_with(
     load_weights(network, state, f"`start`: the network of {description.name!r} is another")
 
 
-def require_same_question(teacher: Description, dataset: Mapping[str, Any], prepared: Path) -> None:
-    """A teacher and a data set have to agree in classes and channels.
+def require_same_question(
+    teacher: Description,
+    dataset: Mapping[str, Any],
+    prepared: Path,
+    fields: tuple[str, ...] = ("classes", "channels"),
+) -> None:
+    """A teacher and a data set have to agree in classes and in what goes in.
 
     Args:
-        dataset: dataset.json of the folder `prepared`.
+        dataset: dataset.json of the folder `prepared`. fields: of it, and of the teacher's interface.
 
     Raises:
         UserError: they do not.
     """
-    for field in ("classes", "channels"):
+    for field in fields:
         theirs, ours = teacher.interface[field], dataset[field]
         if theirs != ours:
             counts = f"{len(theirs)} against {len(ours)} classes: " if field == "classes" else ""

@@ -62,7 +62,7 @@ class Method(ABC):
 
     @property
     def companions(self) -> Mapping[str, nn.Module]:
-        """Networks that were trained beside the student and are kept and evaluated with it: a teacher that learnt too."""
+        """Networks that were trained beside the student, and are kept and evaluated too: a teacher that learnt."""
         return {}
 
     def tables(self) -> Mapping[str, "pd.DataFrame"]:

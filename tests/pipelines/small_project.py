@@ -37,7 +37,10 @@ class Model:
 
 @dataclass
 class Small:
-    """The files of a project. Change the fields, then `write` again."""
+    """The files of a project. Change the fields, then `write` again.
+
+    A model NAME.COMPANION was trained beside the student NAME.
+    """
 
     task: ClassVar[str] = TASK
     metric: ClassVar[str] = "top_1"
@@ -164,7 +167,13 @@ class Small:
 
     def _write_model(self, name: str, model: Model, data: str) -> tuple[str, str]:
         """Its files; sha256 of weights and ONNX file (none of a teacher)."""
-        weights = sha256(self.put(f"models/trained/{self.task}/{name}/weights.safetensors", f"{name} {model.weights}"))
+        student, _, companion = name.partition(".")
+        trained = (
+            f"models/companions/{self.task}/{student}/{companion}"
+            if companion
+            else f"models/trained/{self.task}/{name}"
+        )
+        weights = sha256(self.put(f"{trained}/weights.safetensors", f"{name} {model.weights}"))
         source = {"name": "tiny", "licence": "none", "redistributable": self.redistributable}
         description = {
             "name": name,
@@ -176,7 +185,6 @@ class Small:
             "parameters": 51,
             "weights_sha256": weights,
         }
-        trained = f"models/trained/{self.task}/{name}"
         self.put(f"{trained}/model.json", description)
         self.put(f"{trained}/record.jsonl", json.dumps({"stage": "distill", "key": name, "digest": "d" * 64}) + "\n")
         self.put(

@@ -18,6 +18,7 @@ from pipelines.gates import Check
 from pipelines.tasks import recognition
 from stages.parameters.recognition import Gates
 from stages.parameters.shared import LatencyBudget, ParityBudget
+from stages.parameters.text import Gates as TextGates
 from stages.scores import Scores, scores
 from stages.scores import recognition as recognition_scores
 
@@ -163,6 +164,34 @@ def test_samples_are_paired_by_name_not_by_place() -> None:
 @pytest.mark.parametrize(
     "theirs", [means([1, 1]), renamed(means([1, 1, 1]), lambda table: table.rename({"id-0": "x"})), means([])]
 )
+def correlated(right: int, seed: int) -> Scores:
+    """Scores whose figure is a correlation in [-1, 1], which a sample alone does not have."""
+    generator = np.random.default_rng(seed)
+    truth = generator.normal(size=400)
+    found = np.where(np.arange(400) < right, truth, -truth)
+    table = pd.DataFrame({"xy": truth * found, "xx": truth**2, "yy": found**2, "n": 1.0})
+
+    def figure(totals: np.ndarray) -> np.ndarray:
+        more = np.where(totals[..., 3] > 1, 1.0, np.nan)
+        return more * totals[..., 0] / np.sqrt(totals[..., 1] * totals[..., 2])
+
+    return Scores(table, figure)
+
+
+def test_a_metric_that_is_no_share() -> None:
+    settings = TextGates(metric="matthews", delta=0.02)
+    ours, theirs = correlated(100, 0), correlated(120, 0)
+    assert ours.value < theirs.value < 0
+    worse = gates.not_worse("champion", ours, theirs, "other", settings)
+    assert not worse.passed
+    assert (
+        f"matthews {100 * ours.value:.2f} against {100 * theirs.value:.2f} of other (100 is perfect)" in worse.sentence
+    )
+    assert "samples_better" not in worse.figures  # one sample has no correlation
+    assert gates.not_worse("champion", theirs, ours, "other", settings).passed
+    assert "matthews" in json.dumps(worse.plain())
+
+
 def test_other_samples_cannot_be_compared(theirs: Scores) -> None:
     check = gates.not_worse("champion", means([1, 1, 1]), theirs, "other", GATES)
     assert not check.passed
@@ -229,6 +258,7 @@ def test_signature() -> None:
     ours = {"input": {"name": "images", "shape": ["batch", 1, 7, 7], "dtype": "float32"}, "classes": ["a", "b"]}
     assert gates.signature(ours, json.loads(json.dumps(ours)), "version 1").passed
     for changed in (
+        {**ours, "pair": True},
         {**ours, "classes": ["b", "a"]},
         {**ours, "input": {**ours["input"], "shape": ["batch", 1, 8, 8]}},  # type: ignore[dict-item]
         {"input": ours["input"]},
@@ -316,7 +346,7 @@ def untampered(name: str = "best", **registered: str) -> Check:
     onnx = json.loads((exported / "model.json").read_text())["onnx_sha256"]
     weights = json.loads((trained / "model.json").read_text())["weights_sha256"]
     wanted = {"weights_sha256": weights, "onnx_sha256": onnx, "stored_onnx_sha256": onnx}
-    return gates.untampered(trained, exported, {**wanted, **registered})
+    return gates.untampered(trained, exported, {**wanted, **registered}, {})
 
 
 @pytest.mark.parametrize("which", ["weights.safetensors", "model.onnx"])
@@ -325,9 +355,9 @@ def test_a_tampered_file_is_told_with_both_digests(project: Small, which: str) -
     trained, exported = paths_of("best")
     file = (trained if which.startswith("weights") else exported) / which
     before = sha256(file)
-    assert gates.tampering(trained, exported) == []
+    assert gates.tampering(trained, exported, {}) == []
     file.write_bytes(file.read_bytes() + b"x")
-    (said,) = gates.tampering(trained, exported)
+    (said,) = gates.tampering(trained, exported, {})
     assert before in said
     assert sha256(file) in said
     check = untampered()
@@ -339,6 +369,38 @@ def test_a_tampered_file_is_told_with_both_digests(project: Small, which: str) -
     assert before in untampered().sentence
 
 
+def test_what_is_served_beside_the_onnx_file_is_guarded_as_well(project: Small) -> None:
+    """Against the trained student: whoever changes a file changes its digest beside it, too."""
+    files = {"tokenizer.json": "tokenizer_sha256"}
+    trained, exported = paths_of("best")
+    tokenizer = exported / "tokenizer.json"
+    tokenizer.write_text("{}")
+    described = sha256(tokenizer)
+    for folder in (trained, exported):
+        description = json.loads((folder / "model.json").read_text())
+        description["interface"]["tokenizer_sha256"] = described
+        (folder / "model.json").write_text(json.dumps(description))
+    registered = {key: description[key] for key in ("weights_sha256", "onnx_sha256")}
+    registered |= {"stored_onnx_sha256": registered["onnx_sha256"]}
+    registered |= dict.fromkeys(("tokenizer_sha256", "stored_tokenizer_sha256"), described)
+
+    def check(**other: str) -> Check:
+        return gates.untampered(trained, exported, {**registered, **other}, files)
+
+    assert check().passed
+    assert "tokenizer.json" in check().sentence
+    assert "no longer what was registered" in check(tokenizer_sha256="0" * 64).sentence
+    assert "own copy of tokenizer.json" in check(stored_tokenizer_sha256="0" * 64).sentence
+    tokenizer.write_text("{ }")
+    description["interface"]["tokenizer_sha256"] = sha256(tokenizer)
+    (exported / "model.json").write_text(json.dumps(description))
+    for wanted in (described, sha256(tokenizer), str(tokenizer)):
+        assert wanted in check().sentence
+    assert not check().passed
+    tokenizer.unlink()
+    assert "got nothing" in check().sentence
+
+
 def test_weights_that_were_not_exported_are_told(project: Small) -> None:
     trained, exported = paths_of("best")
     description = json.loads((exported / "model.json").read_text())
@@ -346,7 +408,7 @@ def test_weights_that_were_not_exported_are_told(project: Small) -> None:
     assert not untampered().passed
     assert "export@best" in untampered().sentence
     (exported / "model.json").write_text("{")
-    assert "cannot be read" in gates.tampering(trained, exported)[0]
+    assert "cannot be read" in gates.tampering(trained, exported, {})[0]
 
 
 @pytest.mark.parametrize("key", ["weights_sha256", "onnx_sha256", "stored_onnx_sha256"])
@@ -416,7 +478,7 @@ def test_evaluated(project: Small) -> None:
 def test_an_onnx_file_is_evaluated_as_the_stage_does(project: Small) -> None:
     exported = paths_of("best")[1]
     description = json.loads((exported / "model.json").read_text())
-    found = recognition.evaluate(exported / "model.onnx", description, Path(f"data/prepared/{TASK}/tiny"))
+    found = recognition.evaluate(exported, description, Path(f"data/prepared/{TASK}/tiny"))
     table = pd.read_csv(f"reports/evaluation/{TASK}/best.samples.csv")
     wanted = table[table["split"] == "test"].reset_index(drop=True)
     columns = ["id", "label", "prediction", "correct"]
@@ -450,6 +512,10 @@ def test_the_digest_of_test_data_moves_with_it_alone(project: Small) -> None:
     moved = maps.assign(labels_sha256=["a"] * (len(maps) - 1) + ["b"])
     assert digest_of_test(moved) != digest_of_test(maps) == digest_of_test(maps.assign(ignored=0.5))
     assert digest_of_test(maps) != before
+    # Where there are scores, they are what is predicted.
+    scored = manifest.assign(score=1.5)
+    moved = scored.assign(score=[1.5] * (len(scored) - 1) + [2.5])
+    assert digest_of_test(moved) != digest_of_test(scored)
 
 
 # Records

@@ -111,6 +111,38 @@ def test_every_line_of_a_record_is_there_and_figures_of_evaluations_in_their_mod
     )
 
 
+def test_figures_of_a_companion_stand_with_its_student(disk: Disk) -> None:
+    disk.everything()
+    disk.accompany("small", "teacher", "9" * 64)
+    disk.evaluate({"big": 0.9, "small": 0.8, "small.teacher": 0.95})
+    assert records.sync() == []
+    found = runs()
+    assert set(found) == {pipeline(found).info.run_name, "teach@big", "distill@small", "evaluate@recognition"}
+    shown = {name: value for name, value in found["distill@small"].data.metrics.items() if "test/" in name}
+    assert shown == {"test/top_1": 0.8, "teacher/test/top_1": 0.95}
+    assert found["distill@small"].data.metrics["teacher/final/validation/top_1"] == 0.95
+    assert found["distill@small"].data.metrics["validation/top_1"] == curve(7)[-1][2]
+    assert not [name for name in found["teach@big"].data.metrics if name.startswith("teacher/")]
+    assert found["evaluate@recognition"].data.metrics["small.teacher/test/top_1"] == 0.95
+
+
+def test_an_evaluation_says_which_weights_it_is_of(disk: Disk) -> None:
+    """By what the stage writes: models.json, not the digest of the record, which names data and code as well."""
+    disk.everything()
+    file = disk.root / "reports/evaluation/recognition/models.json"
+    weights = json.loads(file.read_text())
+    assert weights == {"big": digest(["weights", TEACHER]), "small": digest(["weights", STUDENT])}
+    assert json.loads(file.with_name("record.jsonl").read_text().splitlines()[0])["digest"] != digest(weights)
+    kept = file.read_text()
+    file.write_text("{")
+    (problem,) = records.sync()
+    assert "reports/evaluation/recognition/models.json is damaged" in problem
+    assert "test/top_1" not in runs()["teach@big"].data.metrics
+    file.write_text(kept)
+    assert records.sync() == []
+    assert runs()["teach@big"].data.metrics["test/top_1"] == 0.9
+
+
 def test_names_and_values_that_mlflow_does_not_take_are_fitted(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_writer, "METRICS_PER_CALL", 3)
     many = {f"p{number}": number for number in range(250)}

@@ -331,6 +331,36 @@ def test_the_baseline_itself_may_be_champion(project: Small) -> None:
     assert records()[-1]["gates"]["teacher_share"]["figures"]["teacher"] == "teacher"
 
 
+def test_a_teacher_that_learnt_too_is_the_one_to_compare_with(project: Small) -> None:
+    """Of the assistant too, whose own teacher never learnt the task, and has the figures of a guess."""
+    project.change("teacher", wrong=200, validation=0.2)
+    project.models["second.other"] = Model(wrong=1, validation=1.0, method=None)
+    project.models["second.teacher"] = Model(wrong=5, validation=0.97, method=None)
+    project.write()
+    edited(project, lambda content: content["students"]["best"].update(teacher="second"))
+    project.commit()
+    register(TASK)
+    assert promote(TASK)
+    share = records()[-1]["gates"]["teacher_share"]["figures"]
+    assert (share["teacher"], share["teacher_score"]) == ("second.teacher", 245 / 250)
+    # Its own, once it has one.
+    project.models["best.teacher"] = Model(wrong=2, validation=0.98, method=None)
+    again(project, wrong=9, weights="other")
+    assert promote(TASK)
+    share = records()[-1]["gates"]["teacher_share"]["figures"]
+    assert (share["teacher"], share["teacher_score"]) == ("best.teacher", 248 / 250)
+    # The figures of a companion are evaluated with the others, and have to be of its weights.
+    project.change("best.teacher", weights="other")
+    project.put(f"models/companions/{TASK}/best/teacher/model.json", {"weights_sha256": "0" * 64})
+    with pytest.raises(UserError, match=f"dvc repro evaluate@{TASK}"):
+        register(TASK)
+
+
+def test_without_companions_the_teacher_is_the_one_named(registered: Small) -> None:
+    assert promote(TASK)
+    assert records()[-1]["gates"]["teacher_share"]["figures"]["teacher"] == "teacher"
+
+
 def tampered(path: str) -> Callable[[Small], object]:
     return lambda project: project.put(path, Path(path).read_bytes() + b"x")
 

