@@ -48,6 +48,7 @@ class Small:
     input: ClassVar[list[int]] = [1, SIDE, SIDE]
     network: ClassVar[dict[str, Any]] = {"name": "resnet", "widths": [4]}
     dataset: ClassVar[dict[str, Any]] = {"format": "folder", "size": SIDE, "channels": 1, "split": SPLIT}
+    teacher: ClassVar[dict[str, Any]] = {}
     student: ClassVar[dict[str, Any]] = {"resolution": SIDE}
 
     folder: Path
@@ -157,7 +158,7 @@ class Small:
         content = {
             "sources": {"tiny": {"kind": "folder", "path": "unused", "tree_digest": "0" * 64, **rights}},
             "datasets": {"tiny": dataset},
-            "teachers": {"teacher": {**common, "network": self.network}},
+            "teachers": {"teacher": {**common, "start": "none", "network": self.network, **self.teacher}},
             "students": entries,
             "exports": dict.fromkeys(entries, common),
             "tasks": {self.task: {}},
