@@ -8,8 +8,8 @@ tokenizer normalises it as it normalised what the student was trained on. Where 
 list of two strings, `["the first", "the second"]`.
 
 Answer: `{"predictions": [{"label": ..., "probability": ..., "probabilities": {NAME: ..., ...}, "truncated": ...},
-...]}`. `truncated` says that the text is longer than the student reads: its end was cut off (of a pair, that of the
-longer text first). What cannot be answered gets status 400, and a message that names the text and says what is expected.
+...]}`. `truncated` says that the text is longer than the student reads: its end was cut off, of a pair that of the
+longer text first. What cannot be answered gets status 400, and a message that names the text and says what is expected.
 """
 
 import json
