@@ -1,7 +1,8 @@
 """Measure latency, size and parameters of a task's teachers and exported students in ONNX Runtime.
 
-Not a stage: it holds times. Run it while nothing else runs on the machine. A batch that would not fit into memory is
-left out.
+Not a stage: it holds times. Run it while nothing else runs on the machine. What goes in are samples of the validation
+split at their full size: texts are padded to the longest that their data set allows. A batch that would not fit into
+memory is left out, and so is a teacher that has not learnt its task.
 """
 
 import importlib
@@ -45,11 +46,11 @@ def main(key: str) -> None:
     measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="distillery-") as folder:
         for name, entry in parameters.teachers.items():
-            if entry.task == key:
+            if entry.task == key and not entry.pretrained:
                 network, description = load_model(paths.trained(key, name))
                 inputs, _ = task.inputs(paths.prepared(key, entry.dataset), description)
                 file = Path(folder) / f"{name}.onnx"
-                write_onnx(task.Graph(network), inputs[:2], task.INPUT, task.OUTPUTS, file)
+                write_onnx(task.Graph(network), inputs[:2], task.INPUT, task.OUTPUTS, task.AXES, file)
                 measured[name] = _measure(file, inputs, threads, description.parameters)
         for name, export in exports.items():
             description = read_description(paths.trained(key, name))
@@ -62,6 +63,7 @@ def main(key: str) -> None:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": {"processor": _processor(), "cores": os.cpu_count()},
             "threads": threads,
+            "inputs": task.MEASURED,
             "models": measured,
         },
     )

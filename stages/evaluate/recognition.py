@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from data import recognition as data
 from models.artifacts import Description
+from stages.evaluate.calibration import expected_calibration_error
 from stages.evaluate.result import Result
 from stages.parameters.recognition import Task
 
 RECALL_AT = (1, 2, 4, 8)
-BINS = 15
 
 
 def evaluate(network: nn.Module, description: Description, prepared: Path, split: str, settings: Task) -> Result:
@@ -84,16 +84,3 @@ def same_class_rank(embeddings: Tensor, labels: Tensor, chunk: int = 1024) -> Te
         closer = ((distance <= nearest) & ~same).sum(1)
         ranks.append(torch.where(same.any(1), closer + 1, 0))
     return torch.cat(ranks)
-
-
-def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = BINS) -> float:
-    """Mean distance between confidence and accuracy over equally wide bins of confidence, weighted by their size.
-
-    Args:
-        confidence: (N,) the probability of the predicted class. correct: (N,) bool.
-
-    Source: Guo et al. 2017, "On calibration of modern neural networks", equation 3.
-    """
-    index = (confidence.double() * bins).ceil().clamp(1, bins).long() - 1
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, confidence.double() - correct.double())
-    return (gap.abs().sum() / len(confidence)).item()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import shutil
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 
 from data.errors import UserError
 from data.files import new_directory, sha256, write_json
-from models.artifacts import load_model
+from models.artifacts import Description, load_model
 from stages import command, paths
 from stages.export.onnx_graph import FILE, session, write_onnx
 from stages.parameters import load, select
@@ -29,20 +31,24 @@ def main(key: str) -> None:
     prepared = paths.prepared(settings.task, settings.dataset)
     graph = task.Graph(network)
     inputs, target = task.inputs(prepared, description)
+    files = travelling(task, description, prepared)
     with new_directory(paths.exported(settings.task, key)) as output:
-        write_onnx(graph, inputs[:2], task.INPUT, task.OUTPUTS, output / FILE)
+        write_onnx(graph, inputs[:2], task.INPUT, task.OUTPUTS, task.AXES, output / FILE)
         difference, metric, shapes = compare(task, session(output / FILE, settings.threads), graph, inputs, target)
         if not all(value <= settings.tolerance for value in difference.values()):
             raise UserError(
                 f"the exported graph differs from PyTorch by {difference}, more than exports.{key}.tolerance = "
                 f"{settings.tolerance} · nothing was written"
             )
+        for file in files:
+            shutil.copyfile(file, output / file.name)
+        fixed = inputs.shape[len(task.AXES) :]
         write_json(
             output / "model.json",
             {
                 **dataclasses.asdict(description),
                 "onnx_sha256": sha256(output / FILE),
-                "input": {"name": task.INPUT, "shape": ["batch", *inputs.shape[1:]], "dtype": "float32"},
+                "input": {"name": task.INPUT, "shape": [*task.AXES, *fixed], "dtype": str(inputs.dtype)},
                 "outputs": [
                     {"name": name, "shape": ["batch", *shape[1:]], "dtype": dtype}
                     for name, (shape, dtype) in shapes.items()
@@ -56,10 +62,32 @@ def main(key: str) -> None:
         )
 
 
+def travelling(task: ModuleType, description: Description, prepared: Path) -> list[Path]:
+    """The files of the prepared data set that the exported student needs beside its graph.
+
+    Raises:
+        UserError: a file is missing, or is not the one that the student was trained with.
+    """
+    found = []
+    for name, key in task.FILES.items():
+        file, wanted = prepared / name, description.interface[key]
+        digest = sha256(file) if file.is_file() else "nothing"
+        if digest != wanted:
+            raise UserError(
+                f"{file} is not what {description.name} was trained with: wanted sha256 {wanted}, got {digest} · "
+                f"run `dvc repro` for the data set {prepared.name} and for {description.name}"
+            )
+        found.append(file)
+    return found
+
+
 def compare(
     task: ModuleType, runtime: Any, graph: nn.Module, inputs: np.ndarray, target: np.ndarray
 ) -> tuple[dict[str, float], dict[str, float], dict[str, tuple[tuple[int, ...], str]]]:
     """The exported graph beside the network it was made of, batch by batch: outputs of dense tasks are large.
+
+    Where inputs have a dynamic length too, every batch goes in a second time, cut to half of it: the differences count,
+    the answers do not.
 
     Args:
         runtime: an ONNX Runtime session. inputs: what goes into both. target: what the task's metric compares with.
@@ -71,10 +99,11 @@ def compare(
     differences, found = [], {"onnx": list[np.ndarray](), "pytorch": list[np.ndarray]()}
     for start in range(0, len(inputs), batch):
         part = inputs[start : start + batch]
-        ours = runtime.run(None, {task.INPUT: part})
-        with torch.inference_mode():
-            theirs = [tensor.numpy() for tensor in graph(torch.from_numpy(part))]
-        differences.append([float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)])
+        for shown in [part[:, : part.shape[1] // 2], part] if len(task.AXES) > 1 else [part]:
+            ours = runtime.run(None, {task.INPUT: shown})
+            with torch.inference_mode():
+                theirs = [tensor.numpy() for tensor in graph(torch.from_numpy(shown))]
+            differences.append([float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)])
         found["onnx"].append(task.answers(ours))
         found["pytorch"].append(task.answers(theirs))
     largest = np.max(differences, axis=0)  # NaN stays NaN

@@ -12,15 +12,20 @@ FILE = "model.onnx"
 
 
 def write_onnx(
-    graph: nn.Module, example: np.ndarray, input_name: str, output_names: tuple[str, ...], path: Path
+    graph: nn.Module,
+    example: np.ndarray,
+    input_name: str,
+    output_names: tuple[str, ...],
+    axes: tuple[str, ...],
+    path: Path,
 ) -> None:
-    """Export with a dynamic first dimension; all others are constants, and that they are is no cause for a warning.
+    """Export with a dynamic batch; all else is constant but the input's other `axes`, and that is no cause to warn.
 
     The exporter of TorchScript days is used on purpose: it takes 0.3 s where the newer one takes 5, and writes no
     stack traces, hence the same bytes on every machine.
 
     Args:
-        example: (B, ...) float32.
+        example: (B, ...). axes: names of the input's first dimensions, which are dynamic; the batch is the first.
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -32,7 +37,10 @@ def write_onnx(
             dynamo=False,
             input_names=[input_name],
             output_names=list(output_names),
-            dynamic_axes={name: {0: "batch"} for name in (input_name, *output_names)},
+            dynamic_axes={
+                input_name: dict(enumerate(axes)),
+                **{name: {0: axes[0]} for name in output_names},
+            },
         )
 
 

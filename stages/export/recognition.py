@@ -11,6 +11,9 @@ from models.artifacts import Description
 
 INPUT = "images"
 OUTPUTS = ("logits", "embedding")
+AXES = ("batch",)
+FILES: dict[str, str] = {}
+MEASURED = "validation images"
 
 
 class Graph(nn.Module):

@@ -12,6 +12,9 @@ from models.artifacts import Description
 
 INPUT = "images"
 OUTPUTS = ("logits",)
+AXES = ("batch",)
+FILES: dict[str, str] = {}
+MEASURED = "validation images"
 # The most that is checked: images, and numbers in them (half a gigabyte).
 IMAGES, NUMBERS = 256, 2**27
 

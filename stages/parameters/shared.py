@@ -156,6 +156,16 @@ class Teacher(Section):
     training: Training
     outside: Outside | None
 
+    @property
+    def origins(self) -> list[Origin]:
+        """Of what it was made from besides its data."""
+        return [self.outside.origin] if self.outside is not None and self.outside.origin is not None else []
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether it has not learnt its task: other models begin with it, and its answers mean nothing."""
+        return False
+
 
 class Student(Section):
     """The small model. `teacher` names a teacher, another student (then its assistant), or `none`."""
@@ -165,6 +175,11 @@ class Student(Section):
     method: str
     teacher: str
     training: Training
+
+    @property
+    def origins(self) -> list[Origin]:
+        """Of what it was made from besides its data and its teacher."""
+        return []
 
 
 class KD(Student):

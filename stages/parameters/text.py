@@ -192,6 +192,10 @@ class Teacher(shared.Teacher):
     training: Training = Training()
     outside: Outside | None = Field(default=None, alias="from")
 
+    @property
+    def pretrained(self) -> bool:
+        return self.objective != "task"
+
     @model_validator(mode="after")
     def _trained_or_taken(self) -> "Teacher":
         if (self.network is None) == (self.outside is None):
@@ -209,11 +213,12 @@ class Initial(Section):
     layers: Annotated[list[Count], Field(min_length=1)]
     file: str | None = None
     sha256: Sha256 | None = None
+    origin: shared.Origin | None = None
 
     @model_validator(mode="after")
     def _pinned(self) -> "Initial":
-        if (self.file is None) != (self.sha256 is None):
-            raise ValueError("'file' and 'sha256' go together")
+        if (self.file is None) != (self.sha256 is None) or (self.origin is not None and self.file is None):
+            raise ValueError("'file' and 'sha256' go together, and 'origin' with them")
         return self
 
 
@@ -224,6 +229,10 @@ class AnyStudent(shared.Student):
     network: Bert
     initial: Initial | None = None
     training: Training = Training()
+
+    @property
+    def origins(self) -> list[shared.Origin]:
+        return [self.initial.origin] if self.initial is not None and self.initial.origin is not None else []
 
     @model_validator(mode="after")
     def _layers_fit(self) -> "AnyStudent":

@@ -36,8 +36,7 @@ def describe(
         teacher: of the model it learns from. start: of the model whose weights it begins with.
     """
     sources = [task.source]
-    outside = entry.outside if isinstance(entry, Teacher) else None
-    inherited = [outside.origin.model_dump()] if outside is not None and outside.origin is not None else []
+    inherited = [origin.model_dump() for origin in entry.origins]
     for other in (*inherited, *(teacher.sources if teacher else []), *(start.sources if start else [])):
         if other not in sources:
             sources.append(other)
@@ -48,7 +47,7 @@ def describe(
         network=task.network,
         interface=task.interface,
         # A path belongs to one machine; what lies there is pinned by its digest.
-        recipe=entry.model_dump(mode="json", by_alias=True, exclude={"outside": {"file"}}),
+        recipe=entry.model_dump(mode="json", by_alias=True, exclude={"outside": {"file"}, "initial": {"file"}}),
         dataset={
             "name": entry.dataset,
             "digest": sha256(paths.prepared(entry.task, entry.dataset) / "manifest.csv"),

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from data.files import write_json
 from models.artifacts import Description
 from models.recognition import Output
-from stages.evaluate.recognition import BINS, RECALL_AT, evaluate, expected_calibration_error, same_class_rank
+from stages.evaluate.calibration import BINS, expected_calibration_error
+from stages.evaluate.recognition import RECALL_AT, evaluate, same_class_rank
 from stages.evaluate.result import Result
 from stages.parameters.recognition import Task
 
@@ -222,7 +223,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 
 def description(resolution: int) -> Description:
     interface = {"classes": CLASSES, "resolution": resolution, "channels": 1}
-    return Description("toy", "recognition", "student", {}, interface, {}, {}, None, [])
+    return Description("toy", "recognition", "student", {}, interface, {}, {}, None, None, [])
 
 
 def run(case: dict[str, Any], split: str, batch: int, resolution: int = 8) -> tuple[Result, Lookup]:

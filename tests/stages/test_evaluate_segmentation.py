@@ -203,7 +203,7 @@ def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def run(prepared: Path, split: str = "test", **fields: Any) -> tuple[Result, Colours]:
     network = Colours().eval()
     interface = {"classes": CLASSES, "channels": 3, "size": list(SIZE)}
-    description = Description("toy", "segmentation", "student", {}, interface, {}, {}, None, [])
+    description = Description("toy", "segmentation", "student", {}, interface, {}, {}, None, None, [])
     return evaluate(network, description, prepared, split, Task(**fields)), network
 
 

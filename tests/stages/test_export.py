@@ -32,7 +32,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "datasets": {
             "x": {"task": "recognition", "source": "x", "format": "csv", "file": "x.csv", "size": 8, "channels": 1}
         },
-        "teachers": {"big": {"task": "recognition", "dataset": "x", "network": network}},
+        "teachers": {"big": {"task": "recognition", "dataset": "x", "start": "none", "network": network}},
         "students": {
             "small": {"task": "recognition", "dataset": "x", "method": "alone", "teacher": "none", "resolution": 4}
         },
@@ -56,7 +56,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             model(torch.rand(16, 1, resolution, resolution))
         folder = paths.trained("recognition", name)
         folder.mkdir(parents=True)
-        description = Description(name, "recognition", kind, network, interface, {}, {"name": "x"}, None, [])
+        description = Description(name, "recognition", kind, network, interface, {}, {"name": "x"}, None, None, [])
         save_model(folder, model.eval(), description)
     return tmp_path
 

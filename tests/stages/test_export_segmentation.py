@@ -38,7 +38,7 @@ def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     parameters: dict[str, Any] = {
         "sources": {"x": {"kind": "folder", "path": ".", "tree_digest": "0" * 64, "licence": "-", "credit": "-"}},
         "datasets": {"x": {"task": "segmentation", "source": "x", "format": "folders", "size": SIZE}},
-        "teachers": {"big": {**common, "network": network}},
+        "teachers": {"big": {**common, "start": "none", "network": network}},
         "students": {"small": {**common, "method": "alone", "teacher": "none", "network": network}},
         "exports": {"small": common},
         "tasks": {"segmentation": {}},
@@ -65,7 +65,7 @@ def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
             model(torch.rand(8, 3, *SIZE))
         folder = paths.trained("segmentation", name)
         folder.mkdir(parents=True)
-        description = Description(name, "segmentation", kind, network, interface, {}, {"name": "x"}, None, [])
+        description = Description(name, "segmentation", kind, network, interface, {}, {"name": "x"}, None, None, [])
         save_model(folder, model.eval(), description)
     return tmp_path
 

@@ -55,7 +55,7 @@ def student(method: str, teacher: str, resolution: int, **more: Any) -> dict[str
 def parameters(redistributable: bool = True) -> dict[str, Any]:
     rights = {"licence": "none", "credit": CREDIT, "redistributable": redistributable}
     data = {"task": "recognition", "source": "tiny", "format": "csv", "file": "tiny.csv", "size": SIDE, "channels": 1}
-    teacher = {"task": "recognition", "dataset": "tiny", "network": {"name": "resnet", "widths": [8]}}
+    teacher = {"task": "recognition", "dataset": "tiny", "start": "none", "network": {"name": "resnet", "widths": [8]}}
     return {
         "sources": {"tiny": {"kind": "folder", "path": "unused", "tree_digest": "0" * 64, **rights}},
         "datasets": {"tiny": {**data, "classes": CLASSES, "split": {"validation": VALIDATION, "test": TEST}}},
@@ -103,6 +103,7 @@ def write_model(name: str, wrong: int) -> None:
         "recipe": {},
         "dataset": {"name": "tiny", "digest": ""},
         "teacher": None,
+        "start": None,
         "sources": [],
         "parameters": 1234,
         "weights_sha256": full,

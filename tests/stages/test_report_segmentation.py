@@ -62,7 +62,7 @@ def parameters() -> dict[str, Any]:
         "datasets": {
             "tiny": {"task": TASK, "source": "tiny", "format": "folders", "size": SIZE, "classes": CLASSES},
         },
-        "teachers": {f"{TASK}-teacher": {**common, "network": network(8)}},
+        "teachers": {f"{TASK}-teacher": {**common, "start": "none", "network": network(8)}},
         "students": students,
         "exports": {f"{TASK}-gdd": common},
         "tasks": {TASK: {"noise": [0.01, 0.125, 0.5]}},
@@ -138,6 +138,7 @@ def write_model(name: str) -> str:
         recipe={},
         dataset={"name": "tiny", "digest": ""},
         teacher=None,
+        start=None,
         sources=[],
     )
     folder = Path(f"models/trained/{TASK}/{full}")

@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics as sklearn
 
 from stages.scores import Scores, bootstrap, comparable, influence, recognition, scores, segmentation, standard_error
 
@@ -104,6 +106,96 @@ def test_samples_are_compared_by_name() -> None:
     assert not comparable(ours, means([1, 2]))
     assert not comparable(ours, Scores(ours.statistics.rename({"id-0": "x"}), ours.figure))
     assert not comparable(ours, Scores(ours.statistics.iloc[[0, 1, 1]], ours.figure))
+
+
+# Figures of text
+
+
+def answers(seed: int, count: int, classes: int) -> pd.DataFrame:
+    """Labels and predictions, as reports/evaluation has them; some classes may be nowhere."""
+    generator = np.random.default_rng(seed)
+    labels, others = generator.integers(0, classes, (2, count))
+    prediction = np.where(generator.random(count) < generator.random(), labels, others)
+    right = (labels == prediction).astype(int)
+    ids = [f"id-{row}" for row in range(count)]
+    return pd.DataFrame({"id": ids, "label": labels, "prediction": prediction, "correct": right})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(2, 7))
+@pytest.mark.filterwarnings("ignore:A single label")
+def test_figures_of_classes_are_those_of_scikit_learn(seed: int, count: int, classes: int) -> None:
+    samples = answers(seed, count, classes)
+    pair = (samples["label"], samples["prediction"])
+    assert scores("text", samples, "accuracy").value == pytest.approx(sklearn.accuracy_score(*pair))
+    macro = sklearn.f1_score(*pair, average="macro", zero_division=0)
+    assert scores("text", samples, "macro_f1").value == pytest.approx(macro)
+    assert scores("text", samples, "matthews").value == pytest.approx(sklearn.matthews_corrcoef(*pair), abs=1e-12)
+    second = sklearn.f1_score(samples["label"] == 1, samples["prediction"] == 1, zero_division=0)
+    assert scores("text", samples, "f1").value == pytest.approx(second)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 40), st.integers(1, 9))
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_spearman_is_that_of_scipy(seed: int, count: int, values: int) -> None:
+    """Of coarse numbers, so that many are equal; 0 where scipy knows none, as all of one side are equal."""
+    predicted, actual = np.random.default_rng(seed).integers(0, values, (2, count)) / 3
+    samples = pd.DataFrame({"id": range(count), "predicted_score": predicted, "score": actual})
+    found, wanted = scores("text", samples, "spearman").value, stats.spearmanr(predicted, actual).statistic
+    assert found == pytest.approx(0 if math.isnan(wanted) else wanted, abs=1e-12)
+
+
+def test_conventions_where_a_figure_of_text_has_no_value() -> None:
+    one = pd.DataFrame({"id": ["x", "y"], "label": 0, "prediction": 0, "correct": 1})
+    assert scores("text", one, "f1").value == 0  # the second class is nowhere
+    assert scores("text", one, "matthews").value == 0  # nothing is told apart
+    assert scores("text", one, "macro_f1").value == 1  # over the only class that there is
+    assert scores("text", one, "accuracy").value == 1
+    none = one[:0].assign(predicted_score=0.0, score=0.0)
+    for metric in ("accuracy", "macro_f1", "f1", "matthews", "spearman"):
+        assert math.isnan(scores("text", none, metric).value)
+    # A class that is a label but never predicted counts as 0, as does one that is predicted but never a label.
+    two = pd.DataFrame({"id": ["x", "y"], "label": [0, 1], "prediction": [0, 2], "correct": [1, 0]})
+    assert scores("text", two, "macro_f1").value == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "f1", "matthews"])
+def test_the_bootstrap_of_text_puts_samples_together(metric: str) -> None:
+    """The very same draws, and scikit-learn on every heap; models need not know the same number of classes."""
+    classes = 2 if metric == "f1" else 4
+    ours, theirs = answers(5, 25, classes), answers(6, 25, classes)
+    theirs["label"] = ours["label"]
+    if metric != "f1":
+        theirs["prediction"] = theirs["prediction"].clip(upper=2)
+    found = bootstrap([scores("text", one, metric) for one in (ours, theirs)], 40, seed=3)
+    drawn = np.random.default_rng(3).integers(25, size=(40, 25))
+    figure = {
+        "f1": partial(sklearn.f1_score, zero_division=0),
+        "macro_f1": partial(sklearn.f1_score, average="macro", zero_division=0),
+        "matthews": sklearn.matthews_corrcoef,
+    }[metric]
+    wanted = [[figure(one["label"][rows], one["prediction"][rows]) for rows in drawn] for one in (ours, theirs)]
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "f1", "matthews"])
+def test_errors_of_text_are_those_of_the_bootstrap(metric: str) -> None:
+    found = scores("text", answers(2, 400, 2 if metric == "f1" else 3), metric)
+    (resampled,) = bootstrap([found], 5_000, 0)
+    assert found.error == pytest.approx(resampled.std(), rel=0.06)
+
+
+def test_the_error_of_spearman_is_nearly_that_of_ranking_anew() -> None:
+    """Ranks are held: what that costs is seen against scipy on every resample."""
+    generator = np.random.default_rng(1)
+    actual = generator.normal(size=300)
+    predicted, actual = (0.8 * actual + 0.6 * generator.normal(size=300)).round(1), actual.round(1)
+    found = scores("text", pd.DataFrame({"id": range(300), "predicted_score": predicted, "score": actual}), "spearman")
+    again = [
+        stats.spearmanr(predicted[rows], actual[rows]).statistic for rows in generator.integers(300, size=(600, 300))
+    ]
+    assert found.error == pytest.approx(np.std(again), rel=0.15)
 
 
 # Standard errors
