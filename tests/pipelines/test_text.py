@@ -35,7 +35,7 @@ from stages.export.onnx_graph import FILE, write_onnx
 from stages.parameters.text import Dataset, Task
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_project import CLASSES, TEST, usual
+from small_project import CLASSES, TEST, Model, usual
 from small_server import post, server
 from small_text import LENGTH, WORDS, SmallText, written
 
@@ -227,7 +227,7 @@ def test_names_and_probabilities(exported: Exported) -> None:
     with torch.inference_mode():  # all of them padded to the full length, in one batch
         wanted = exported.network(tokens).logits.double().softmax(1).numpy()
     found = np.array([list(answer["probabilities"].values()) for answer in answers])
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(found, wanted, atol=5e-5)
     classes = exported.plain["interface"]["classes"]
     assert len(set(found.argmax(1))) == len(classes)
     for answer, row in zip(answers, found, strict=True):
@@ -246,7 +246,7 @@ def test_company_and_order_do_not_change_an_answer(exported: Exported) -> None:
     for alone in range(0, len(texts), 7):
         (one,) = exported.student.predict(None, texts[alone : alone + 1])
         for other in (together[alone], backwards[alone]):
-            assert other["probabilities"] == pytest.approx(one["probabilities"], abs=1e-5)
+            assert other["probabilities"] == pytest.approx(one["probabilities"], abs=5e-5)
             assert other["truncated"] == one["truncated"]
     # More padding than there was ever in training changes nothing either.
     ids = exported.student.texts(texts[:1])[0].ids
@@ -330,7 +330,7 @@ def test_an_onnx_file_is_evaluated_as_the_stage_does(exported: Exported) -> None
     wanted = evaluation.evaluate(exported.network, exported.description, exported.prepared, "test", Task()).samples
     assert ("predicted_score" in found) is exported.student.pair
     assert set(found) == set(wanted) - {"split"}
-    pd.testing.assert_frame_equal(found, wanted[list(found)], check_dtype=False, atol=2e-5)
+    pd.testing.assert_frame_equal(found, wanted[list(found)], check_dtype=False, atol=5e-5)
 
 
 def test_another_question_is_not_answered(letters: Exported, pairs: Exported, tmp_path: Path) -> None:
@@ -483,6 +483,26 @@ def test_from_the_first_champion_to_moved_test_data(small: SmallText) -> None:
     assert not promote(TASK)
     sentence = decision()["gates"]["champion"]["sentence"]
     assert "cannot answer today's test data: ValueError: the texts have classes" in sentence
+
+
+def test_a_teacher_that_never_learnt_the_task_is_nothing_to_compare_with(
+    small: SmallText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It learnt masked tokens; the one that it became, together with the student, learnt the task."""
+    monkeypatch.setattr(SmallText, "teacher", {"objective": "mlm"})
+    small.models["plain"] = Model(wrong=12, validation=0.99, method="alone")
+    small.write()
+    small.commit()
+    register(TASK)
+    assert promote(TASK)
+    assert "no teacher" in decision()["gates"]["teacher_share"]["sentence"]
+    small.models["best.teacher"] = Model(wrong=5, validation=0.9, method=None)
+    small.change("best", validation=1.0)
+    small.commit()
+    register(TASK)
+    assert promote(TASK)
+    share = decision()["gates"]["teacher_share"]["figures"]
+    assert (share["teacher"], share["teacher_score"]) == ("best.teacher", 245 / TEST)
 
 
 @pytest.mark.slow
