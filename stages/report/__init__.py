@@ -5,12 +5,17 @@ Files are read, nothing is trained; a network may run on the few samples that ar
     results.py      what is read, per task and data set, and standard errors
     comparison.py   the table, as text and as HTML, and what may be concluded from it
     sections.py     curves, figures by class, export, latency, validation, how to reproduce
+    samples.py      which samples are shown, and what every model says of one
     page.py         safe HTML, the style, and the page; charts.py and pictures.py draw
 
 A task adds `stages/report/<task>.py`, which has
 
     METRICS         what stages/evaluate/<task>.py measures, in the order of the columns: {name: results.Metric}
-    MAIN_METRIC     the name of the one that models are compared by; stages/scores/<task>.py says what it is made from
+    main_metric     the name of the one that models are compared by: main_metric(its data set in params.yaml) -> str;
+                    stages/scores/<task>.py says what it is made from
+    PARITY          the name of the one that exports are checked by
+    ANSWER          column of the samples with what a model answers, if students and teachers are to be compared by it;
+                    None otherwise
     size            what goes into a model, in a word: size(interface of its description) -> str
     figures         sections of its own: figures(group: results.Group) -> [(title, page.Html)]
 """

@@ -125,7 +125,7 @@ def lines(series: Mapping[int, tuple[np.ndarray, np.ndarray]], scale: Scale, axi
     return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=description)
 
 
-def legend(names: Sequence[str]) -> Html:
+def legend(names: Mapping[int, str]) -> Html:
     """The line of every series, by number."""
     items = [
         tag(
@@ -133,7 +133,7 @@ def legend(names: Sequence[str]) -> Html:
             tag("svg", tag("line", x1=0, x2=30, y1=6, y2=6, class_=f"line s{number % SERIES}"), width=30, height=12),
             name,
         )
-        for number, name in enumerate(names)
+        for number, name in names.items()
     ]
     return tag("ul", *items, class_="legend")
 

@@ -5,11 +5,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from data.errors import UserError
 from stages.report.page import Html, join, note, table, tag
-from stages.report.results import SPLITS, Difference, Group, Model, difference, error_of
+from stages.report.results import (
+    CO_TRAINED,
+    PRETRAINED,
+    SPLITS,
+    Difference,
+    Group,
+    Metric,
+    Model,
+    agreement,
+    difference,
+    error_of,
+)
 
 WIDTH = 110
 TEACHER_ERRORS, METHOD_ERRORS = 3, 2
+# What a terminal can do without, the first first, where the table is wider than WIDTH.
+DISPENSABLE = ("weights", "ONNX", "input", "learnt from", "params", "rows", "p50 ms")
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 NOTHING = "-"
 
@@ -36,21 +50,41 @@ def columns(group: Group, task: Any) -> list[Column]:
         cells = [cell(model) for model in group.models]
         return Column(title, [(cell, "") if isinstance(cell, str) else cell for cell in cells], **more)
 
-    label = task.METRICS[task.MAIN_METRIC].label
+    label = main_metric(group, task)[1].label
     everything = [
         column("role", lambda model: model.role + "*" * (model.role == "assistant"), numeric=False),
         column("method", lambda model: model.method or NOTHING, numeric=False),
         column("learnt from", lambda model: _origin(group, model), numeric=False),
         column("input", lambda model: _of(model.description, lambda found: task.size(found.interface))),
-        column(f"validation {label}", lambda model: _main(model, task, "validation"), band="validation", bold=True),
-        column(f"test {label}", lambda model: _main(model, task, "test"), band="test", bold=True),
+        column("rows", lambda model: _of(model.description, lambda found: _rows(found.rows))),
+        column(
+            f"validation {label}", lambda model: _main(group, model, task, "validation"), band="validation", bold=True
+        ),
+        column(f"test {label}", lambda model: _main(group, model, task, "test"), band="test", bold=True),
         column("vs alone", lambda model: _against(group, model, task), band="test"),
+        column("agrees", lambda model: _agrees(group, model, task), band="test"),
         column("params", lambda model: _of(model.description, lambda found: f"{found.parameters:,}"), band="cost"),
         column("weights", lambda model: _of(model.weights_bytes, size_text), band="cost"),
         column("ONNX", lambda model: _of(model.onnx_bytes, size_text), band="cost"),
         column("p50 ms", lambda model: _of(model.latency, lambda found: _p50(found["latency_ms"])), band="cost"),
     ]
     return [one for one in everything if any(figure != NOTHING for figure, _ in one.cells)]
+
+
+def main_metric(group: Group, task: Any) -> tuple[str, Metric]:
+    """Name and meaning of the figure that models of this data set are compared by.
+
+    Raises:
+        UserError: a model has no such figure: it was evaluated before the data set's metric was changed.
+    """
+    name = task.main_metric(group.entry)
+    for model in group.models:
+        if any(name not in model.metrics[split] for split in SPLITS):
+            raise UserError(
+                f"the figures of {model.name} hold no {name!r}, by which models of data set {group.dataset!r} are "
+                f"compared (they hold {', '.join(model.metrics['test'])}) · run `dvc repro evaluate@{group.task}`"
+            )
+    return name, task.METRICS[name]
 
 
 def text(group: Group, task: Any) -> str:
@@ -61,8 +95,13 @@ def text(group: Group, task: Any) -> str:
     )
     head += f"; names of models without {prefix!r}" * bool(prefix)
     # Selection uses validation; a table for everyday use that shows it beside the test figures would be too wide.
-    shown = [one for one in columns(group, task) if one.band != "validation"]
+    shown = [one for one in columns(group, task) if one.band != "validation" and not _says_the_same(one)]
     names = Column("model", [(group.short(model.name), "") for model in group.models], numeric=False)
+    left_out = []
+    for title in DISPENSABLE:
+        if _width([names, *shown]) > WIDTH and title in [one.title for one in shown]:
+            shown = [one for one in shown if one.title != title]
+            left_out.append(title)
     blocks = [[one.title, *_aligned(one)] for one in (names, *shown)]
     widths = [max(len(cell) for cell in block) for block in blocks]
     numeric = [False, *(one.numeric for one in shown)]
@@ -75,10 +114,22 @@ def text(group: Group, task: Any) -> str:
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     remarks = [*explanations(group, task), *conclusions(group, task), *group.notes]
+    if left_out:
+        remarks.append(f"The page has more columns: {', '.join(left_out)}.")
     if group.models and not any(model.latency for model in group.models):
         remarks.append(f"Latency is not measured: `python -m stages.latency {group.task}`, alone on the machine")
     wrapped = [textwrap.fill(remark, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for remark in remarks]
     return "\n".join([head, "", *(lines if group.models else []), "", *wrapped])
+
+
+def _says_the_same(column: Column) -> bool:
+    """Numbers of rows, where all models that tell have the same: a terminal has no room for that."""
+    return column.title == "rows" and len({figure for figure, _ in column.cells} - {NOTHING}) < 2
+
+
+def _width(shown: list[Column]) -> int:
+    """Of the table on a terminal."""
+    return sum(max(len(cell) for cell in (one.title, *_aligned(one))) for one in shown) + 2 * (len(shown) - 1)
 
 
 def html(group: Group, task: Any) -> Html:
@@ -117,7 +168,7 @@ def html(group: Group, task: Any) -> Html:
 def _all_metrics(group: Group, task: Any) -> Html:
     given = {name for model in group.models for split in SPLITS for name in model.metrics[split]}
     metrics = {name: metric for name, metric in task.METRICS.items() if name in given}
-    main = 1 + list(metrics).index(task.MAIN_METRIC)
+    main = 1 + list(metrics).index(main_metric(group, task)[0])
     parts = []
     for split in SPLITS:
         rows = [
@@ -145,8 +196,8 @@ def _all_metrics(group: Group, task: Any) -> Html:
 def explanations(group: Group, task: Any) -> list[str]:
     """What the signs in the table mean."""
     lines = []
-    metric = task.METRICS[task.MAIN_METRIC]
-    if any(error_of(model, task.MAIN_METRIC, "test") is not None for model in group.models):
+    name, metric = main_metric(group, task)
+    if any(error_of(model, name, "test") is not None for model in group.models):
         unit = "in per cent, " if metric.percent else ""
         compared = {found.name for model in group.models if (found := _alone(group, model)) is not None}
         against = f"; vs alone: difference to {', '.join(sorted(compared))} on the same samples" if compared else ""
@@ -154,16 +205,23 @@ def explanations(group: Group, task: Any) -> list[str]:
             f"{metric.label} {unit}\N{PLUS-MINUS SIGN} one standard error{against}. These errors cover the choice of "
             "test samples, not what another seed of the training would change."
         )
+    if any(_agrees(group, model, task) != NOTHING for model in group.models):
+        lines.append("agrees: test samples to which a model answers what its teacher answers, in per cent.")
+    if any(model.role == PRETRAINED for model in group.models):
+        lines.append(f"{PRETRAINED}: it has not learnt the task, others begin with it; its figures mean nothing.")
     if any(model.role == "assistant" for model in group.models):
         lines.append("* an assistant only teaches: it is not deployed and not exported.")
     return lines
 
 
 def conclusions(group: Group, task: Any) -> list[str]:
-    """What the figures allow one to say about the teachers, and about the method against its baselines."""
+    """What the figures allow one to say about the teachers, about the method against its baselines, and about a
+    teacher that learnt with its student against the one that learnt by itself.
+    """
     lines = []
+    name, metric = main_metric(group, task)
     for model in group.models:
-        if model.role == "teacher" and (found := _compare(group, model, "alone", task)):
+        if model.role == "teacher" and (found := _compare(group, model, "alone", name)):
             other, gap = found
             leads = gap.beyond(TEACHER_ERRORS) and gap.value > 0
             verdict = (
@@ -171,20 +229,25 @@ def conclusions(group: Group, task: Any) -> list[str]:
                 if leads
                 else f"no lead of more than {TEACHER_ERRORS} standard errors, so there is little to distil"
             )
-            lines.append(f"{model.name} (teacher) is {_distance(gap, other, task)}: {verdict}.")
+            lines.append(f"{model.name} (teacher) is {_distance(gap, other, metric)}: {verdict}.")
     students = [model for model in group.models if model.role == "student"]
     for model in students or [model for model in group.models if model.method == "kd"]:
         methods = [method for method in ("alone", "kd") if method != model.method]
-        known = [found for method in methods if (found := _compare(group, model, method, task))]
+        known = [found for method in methods if (found := _compare(group, model, method, name))]
         if known:
             seeds = "one seed" if model.seeds == 1 else f"one of {model.seeds} seeds"
-            lines.append(f"{model.name} is {_weighed(known, task)}; {seeds}.")
+            lines.append(f"{model.name} is {_weighed(known, metric)}; {seeds}.")
+    for model in group.models:
+        alone = group.fine_tuned(model) if model.role == CO_TRAINED else None
+        apart = difference(model, alone, name, "test") if alone else None
+        if alone and apart:
+            lines.append(f"{model.name} ({CO_TRAINED}) is {_weighed([(alone, apart)], metric)}.")
     return lines
 
 
-def _weighed(known: list[tuple[Model, Difference]], task: Any) -> str:
+def _weighed(known: list[tuple[Model, Difference]], metric: Metric) -> str:
     """Distances to other models, and whether they are beyond noise; said once where it holds for all."""
-    distances = [_distance(gap, other, task) for other, gap in known]
+    distances = [_distance(gap, other, metric) for other, gap in known]
     weights = [
         f"beyond {METHOD_ERRORS} standard errors"
         if gap.beyond(METHOD_ERRORS)
@@ -196,9 +259,8 @@ def _weighed(known: list[tuple[Model, Difference]], task: Any) -> str:
     return "; and ".join(f"{distance}, {weight}" for distance, weight in zip(distances, weights, strict=True))
 
 
-def _distance(gap: Difference, other: Model, task: Any) -> str:
+def _distance(gap: Difference, other: Model, metric: Metric) -> str:
     """As in "0.80 points below recognition-alone (paired s.e. 0.72)"."""
-    metric = task.METRICS[task.MAIN_METRIC]
     error = metric.show(gap.error)
     if gap.value == 0:
         return f"level with {other.name} (paired s.e. {error})"
@@ -207,9 +269,9 @@ def _distance(gap: Difference, other: Model, task: Any) -> str:
     return f"{metric.show(abs(gap.value))}{unit} {side} {other.name} (paired s.e. {error})"
 
 
-def _compare(group: Group, model: Model, method: str, task: Any) -> tuple[Model, Difference] | None:
+def _compare(group: Group, model: Model, method: str, metric: str) -> tuple[Model, Difference] | None:
     other = group.reference(model, method)
-    gap = difference(model, other, task.MAIN_METRIC, "test") if other else None
+    gap = difference(model, other, metric, "test") if other else None
     return (other, gap) if other and gap else None
 
 
@@ -219,25 +281,42 @@ def _alone(group: Group, model: Model) -> Model | None:
 
 
 def _against(group: Group, model: Model, task: Any) -> tuple[str, str]:
+    name, metric = main_metric(group, task)
     other = _alone(group, model)
-    gap = difference(model, other, task.MAIN_METRIC, "test") if other else None
+    gap = difference(model, other, name, "test") if other else None
     if gap is None:
         return NOTHING, ""
-    metric = task.METRICS[task.MAIN_METRIC]
     return metric.show_difference(gap.value), metric.show(gap.error)
 
 
-def _main(model: Model, task: Any, split: str) -> tuple[str, str]:
-    metric = task.METRICS[task.MAIN_METRIC]
-    error = error_of(model, task.MAIN_METRIC, split)
-    return metric.show(model.metrics[split][task.MAIN_METRIC]), "" if error is None else metric.show(error)
+def _agrees(group: Group, model: Model, task: Any) -> str:
+    """Agreement with its teacher. A teacher that learnt with its student has none, nor is one that learnt no task."""
+    teacher = next((other for other in group.models if other.name == model.learnt_from), None)
+    if task.ANSWER is None or teacher is None or PRETRAINED in (model.role, teacher.role):
+        return NOTHING
+    share = agreement(model, teacher, task.ANSWER, "test")
+    return NOTHING if share is None else f"{100 * share:.1f}"
+
+
+def _rows(rows: dict[str, int]) -> str:
+    """As in "3,944 (+438 held out)": what was trained on, and what was used beside it."""
+    beside = [f"+{count:,} {name.replace('_', ' ')}" for name, count in rows.items() if name != "train"]
+    return f"{rows['train']:,}" + f" ({', '.join(beside)})" * bool(beside) if "train" in rows else NOTHING
+
+
+def _main(group: Group, model: Model, task: Any, split: str) -> tuple[str, str]:
+    name, metric = main_metric(group, task)
+    error = error_of(model, name, split)
+    return metric.show(model.metrics[split][name]), "" if error is None else metric.show(error)
 
 
 def _origin(group: Group, model: Model) -> str:
     if model.learnt_from is not None:
         return group.short(model.learnt_from)
-    outside = model.description is not None and model.description.recipe.get("from")
-    return "elsewhere" if outside else "labels"
+    recipe = model.description.recipe if model.description else {}
+    if recipe.get("from"):
+        return "elsewhere"
+    return "texts" if model.role == PRETRAINED else "labels"
 
 
 def _of(value: Any, show: Callable[[Any], str]) -> str:

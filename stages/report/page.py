@@ -194,6 +194,10 @@ svg .head { fill: var(--soft); }
 .sample ul { list-style: none; margin: 0; padding: 0; font-size: .84rem; font-variant-numeric: tabular-nums; }
 .sample li { display: grid; grid-template-columns: 1.1rem minmax(0, 1fr) auto; gap: .35rem; line-height: 1.45; }
 .sample li span:nth-child(2) { overflow-wrap: anywhere; }
+.texts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .9rem; }
+.sample blockquote { margin: .4rem 0 .6rem; padding-left: .7rem; border-left: 3px solid var(--line); font-size: .9rem;
+  overflow-wrap: anywhere; }
+td.long { white-space: normal; min-width: 22rem; max-width: 60rem; overflow-wrap: anywhere; }
 .views { display: flex; gap: .7rem; flex-wrap: wrap; }
 .views div { font-size: .76rem; color: var(--soft); }
 .views img { display: block; width: 96px; height: 96px; border: 1px solid var(--line); border-radius: 2px; }

@@ -2,19 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from data import recognition as data
-from data.files import digest
 from stages import paths
-from stages.report import pictures, sections
+from stages.parameters.shared import Dataset
+from stages.report import pictures, samples, sections
 from stages.report.page import Html, join, note, tag
 from stages.report.results import Group, Metric, Model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAIN_METRIC = "top_1"
 METRICS = {
     "top_1": Metric("top-1", True, "share of images whose class is found, in per cent"),
     "worst_class": Metric("worst class", True, "the same within the class where it is lowest"),
@@ -27,8 +24,16 @@ METRICS = {
     "calibration_error": Metric("calibration error", True, "mean distance of confidence from accuracy, 0 is best"),
 }
 
+ANSWER = None
+PARITY = "top_1"
+
 DISAGREED, OTHERS = 9, 3
 SIDE = 96
+
+
+def main_metric(dataset: Dataset) -> str:
+    """The same of every data set."""
+    return "top_1"
 
 
 def size(interface: dict[str, Any]) -> str:
@@ -48,8 +53,8 @@ def images(group: Group) -> Html:
     models = [model for model in group.models if model.samples is not None and model.description is not None]
     if not models or not (prepared / "images.npy").is_file():
         return note(f"The images are not here ({prepared}) · run `dvc repro prepare@{group.dataset}`")
-    tables = {model.name: _test(model) for model in models}
-    chosen, disagreed = choose(tables)
+    tables = {model.name: samples.of_test(model) for model in models}
+    chosen, disagreed = samples.choose(tables, DISAGREED, OTHERS)
     ids, pixels, labels = data.load(prepared, "test")
     place = {name: index for index, name in enumerate(ids)}
     chosen = [name for name in chosen if name in place]
@@ -62,7 +67,10 @@ def images(group: Group) -> Html:
     for index, name in enumerate(chosen):
         truth = names[int(labels[rows[index]])]
         shown = [_view(views[side][index], f"{name}, class {truth}, {side} by {side} pixels") for side in sides]
-        opinions = [_opinion(group.short(model.name), tables[model.name].loc[name], names) for model in models]
+        found: list[tuple[Model, Any]] = [(model, tables[model.name].loc[name]) for model in models]
+        opinions = [
+            samples.opinion(group.short(model.name), row, names[int(row["prediction"])]) for model, row in found
+        ]
         caption = tag("figcaption", "class ", tag("b", truth), f" · {name}")
         cards.append(tag("figure", tag("div", *shown, class_="views"), caption, tag("ul", *opinions), class_="sample"))
     seen = "; ".join(
@@ -77,38 +85,8 @@ def images(group: Group) -> Html:
     return join([tag("p", said, class_="small soft"), tag("div", *cards, class_="samples")])
 
 
-def choose(tables: dict[str, pd.DataFrame]) -> tuple[list[str], int]:
-    """Ids to show: first where some models are right and some wrong, then others; and the number of the former.
-
-    The order is that of a digest of the id: it looks random and is the same for ever.
-
-    Args:
-        tables: of each model, a row per test sample, by id, with the column `correct`.
-    """
-    correct = pd.concat([found["correct"] for found in tables.values()], axis=1, join="inner")
-    mixed = correct.nunique(axis=1) > 1
-    order = sorted((str(name) for name in correct.index), key=digest)
-    disagreed = [name for name in order if mixed[name]]
-    rest = [name for name in order if not mixed[name]]
-    return disagreed[:DISAGREED] + rest[: DISAGREED + OTHERS - min(len(disagreed), DISAGREED)], len(disagreed)
-
-
-def _test(model: Model) -> pd.DataFrame:
-    """Its test samples by id."""
-    table = model.samples if model.samples is not None else pd.DataFrame(columns=["split", "id"])
-    return table[table["split"] == "test"].set_index("id")
-
-
 def _side(model: Model) -> int:
     return int(model.description.interface["resolution"]) if model.description else 0
-
-
-def _opinion(model: str, row: Any, names: list[str]) -> Html:
-    """One line: right or wrong, who, and what it takes the image for."""
-    right = bool(row["correct"])
-    mark = tag("span", "\N{CHECK MARK}" if right else "\N{BALLOT X}", title="right" if right else "wrong")
-    answer = tag("span", tag("b", names[int(row["prediction"])]), f" {100 * row['confidence']:.0f} %")
-    return tag("li", mark, tag("span", model), answer, class_="right" if right else "wrong")
 
 
 def _view(image: "Tensor", description: str) -> Html:

@@ -16,6 +16,8 @@ from stages.parameters.shared import Dataset, Source, Student, Task, Teacher
 from stages.scores import Scores, comparable, influence, scores, standard_error
 
 BASELINES = ("alone", "kd")
+# Roles of teachers; a companion of that name is a teacher too, which learnt with its student.
+TEACHER, PRETRAINED, CO_TRAINED = "teacher", "pretrained", "co-trained teacher"
 SPLITS = ("validation", "test")
 
 
@@ -59,9 +61,12 @@ class Model:
     """An evaluated model and all that is known of it; None where a file is absent.
 
     Attributes:
-        role: teacher, assistant, baseline or student.
+        folder: of its weights.
+        role: teacher, assistant, baseline or student; pretrained is a teacher that has not learnt the task, co-trained
+            teacher one that learnt with its student, is named after it, and follows it.
         deployed: it has an entry among the exports.
-        learnt_from: the model it learnt from; None where that were labels alone.
+        learnt_from: the model it learnt from, for a co-trained teacher the one it began as; None where that were
+            labels alone.
         seeds: models of the same data set that differ in nothing but their seed, this one included.
         metrics: figures by split, from reports/metrics.
         samples, classes: rows by split, from reports/evaluation.
@@ -71,6 +76,7 @@ class Model:
 
     name: str
     task: str
+    folder: Path
     role: str
     method: str | None
     learnt_from: str | None
@@ -121,6 +127,11 @@ class Group:
         alike = [other for other in others if _shape(other) == _shape(model)]
         return next(iter(alike or others), None)
 
+    def fine_tuned(self, model: Model) -> Model | None:
+        """The teacher that learnt the task by itself and has the same network and input as this model."""
+        teachers = [other for other in self.models if other.role == TEACHER]
+        return next((other for other in teachers if _shape(other) == _shape(model) is not None), None)
+
     def test_samples(self) -> int:
         """Samples of the test split; 0 where no file tells."""
         tables = [model.samples for model in self.models if model.samples is not None]
@@ -161,6 +172,20 @@ def difference(model: Model, other: Model, metric: str, split: str) -> Differenc
     return Difference(ours.value - theirs.value, standard_error(gap), len(gap))
 
 
+def agreement(model: Model, other: Model, answer: str, split: str) -> float | None:
+    """Share of samples to which both give the same answer; None where there are none to compare.
+
+    Args:
+        answer: column of their samples.
+    """
+    if model.samples is None or other.samples is None:
+        return None
+    ours, theirs = (one[one["split"] == split].set_index("id")[answer] for one in (model.samples, other.samples))
+    if not len(ours) or set(ours.index) != set(theirs.index):
+        return None
+    return float((ours == theirs.reindex(ours.index)).mean())
+
+
 def read_task(task: str, parameters: Parameters) -> list[Group]:
     """Everything about a task, a group per data set.
 
@@ -178,7 +203,12 @@ def read_task(task: str, parameters: Parameters) -> list[Group]:
     groups = []
     for dataset in dict.fromkeys(entry.dataset for entry in entries.values()):
         members = {name: entry for name, entry in entries.items() if entry.dataset == dataset}
-        models = [model for name in members if (model := _model(name, members, parameters, latency)) is not None]
+        folders = paths.models(task, members)
+        models = [
+            model
+            for name, folder in folders.items()
+            if (model := _model(name, folder, members, parameters, latency)) is not None
+        ]
         entry = parameters.datasets[dataset]
         group = Group(
             task=task,
@@ -190,7 +220,7 @@ def read_task(task: str, parameters: Parameters) -> list[Group]:
             latency=latency,
             findings=_json(paths.validation_report(task, dataset) / "findings.json"),
         )
-        if missing := [name for name in members if name not in {model.name for model in models}]:
+        if missing := [name for name in folders if name not in {model.name for model in models}]:
             group.notes.append(f"Not evaluated yet: {', '.join(missing)} · run `dvc repro evaluate@{task}`")
         group.notes.extend(stale)
         group.notes.extend(note for model in models for note in _doubts(model, task))
@@ -199,43 +229,58 @@ def read_task(task: str, parameters: Parameters) -> list[Group]:
 
 
 def _model(
-    name: str, members: dict[str, Teacher | Student], parameters: Parameters, latency: dict[str, Any] | None
+    name: str,
+    folder: Path,
+    members: dict[str, Teacher | Student],
+    parameters: Parameters,
+    latency: dict[str, Any] | None,
 ) -> Model | None:
-    entry = members[name]
+    """A model of params.yaml, or the companion of one (STUDENT.COMPANION), if it was evaluated."""
+    student, _, companion = name.partition(".")
+    entry = members[student]
     task = entry.task
     metrics = _json(paths.metrics(task) / f"{name}.json")
     if metrics is None:
         return None
     if missing := [split for split in SPLITS if split not in metrics]:
         raise UserError(f"the figures of {name} hold no {missing[0]} split · run `dvc repro evaluate@{task}` again")
-    exported, trained = paths.exported(task, name), paths.trained(task, name)
+    exported = paths.exported(task, name)
     return Model(
         name=name,
         task=task,
-        role=_role(name, entry, parameters),
+        folder=folder,
+        role=CO_TRAINED if companion else _role(name, entry, parameters),
         method=entry.method if isinstance(entry, Student) else None,
-        learnt_from=entry.teacher if isinstance(entry, Student) and entry.teacher != "none" else None,
+        learnt_from=_learnt_from(name, entry),
         deployed=name in parameters.exports,
         seeds=sum(_but_seed(other) == _but_seed(entry) for other in members.values()),
         metrics=metrics,
-        description=_description(trained),
+        description=_description(folder),
         samples=_table(paths.evaluation(task) / f"{name}.samples.csv"),
         classes=_table(paths.evaluation(task) / f"{name}.classes.csv"),
         curve=_table(paths.curves(task, name)),
         exported=_json(exported / "model.json"),
         latency=((latency or {}).get("models") or {}).get(name),
-        weights_bytes=_size(trained / WEIGHTS),
+        weights_bytes=_size(folder / WEIGHTS),
         onnx_bytes=_size(exported / ONNX),
     )
 
 
 def _role(name: str, entry: Teacher | Student, parameters: Parameters) -> str:
     if not isinstance(entry, Student):
-        return "teacher"
+        return PRETRAINED if entry.pretrained else TEACHER
     teaches = any(student.teacher == name for student in parameters.students.values())
     if teaches and name not in parameters.exports:
         return "assistant"
     return "baseline" if entry.method in BASELINES else "student"
+
+
+def _learnt_from(name: str, entry: Teacher | Student) -> str | None:
+    """A student learnt from the teacher that learnt with it, if there is one; that began as the one of params.yaml."""
+    if not isinstance(entry, Student) or entry.teacher == "none":
+        return None
+    beside = f"{name}.{TEACHER}"
+    return beside if beside in paths.models(entry.task, [name]) else entry.teacher
 
 
 def _but_seed(entry: Teacher | Student) -> dict[str, Any]:
@@ -260,13 +305,14 @@ def _sources(name: str, source: Source, models: list[Model]) -> dict[str, dict[s
 
 
 def _stale(task: str) -> list[str]:
-    """A sentence if the models are no longer those that were evaluated."""
+    """A sentence if the models are no longer those that were evaluated. Of one that is missing, another tells."""
     names = [path.stem for path in sorted(paths.metrics(task).glob("*.json"))]
-    descriptions = [_description(paths.trained(task, name)) for name in names]
     evaluated = _json(paths.evaluation(task) / "models.json")
-    if evaluated is None or not all(descriptions):
+    if evaluated is None:
         return []
-    if evaluated == {name: found.weights_sha256 for name, found in zip(names, descriptions, strict=True) if found}:
+    folders = paths.models(task, dict.fromkeys(name.partition(".")[0] for name in names))
+    found = {name: _description(folders[name]) for name in names if name in folders}
+    if all(evaluated.get(name) == model.weights_sha256 for name, model in found.items() if model):
         return []
     return [f"Models changed since they were evaluated · run `dvc repro evaluate@{task}`"]
 
@@ -275,7 +321,7 @@ def _doubts(model: Model, task: str) -> list[str]:
     """What is missing of one model, or no longer belongs to it."""
     notes = []
     if model.description is None:
-        notes.append(f"{paths.trained(task, model.name)} is missing · run `dvc checkout` or `dvc repro`")
+        notes.append(f"{model.folder} is missing · run `dvc checkout` or `dvc repro`")
     if model.samples is None:
         notes.append(f"Results per sample of {model.name} are missing: no standard errors · run `dvc checkout`")
     if model.exported is None:

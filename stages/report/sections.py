@@ -9,7 +9,7 @@ import pandas as pd
 
 from stages import paths
 from stages.report import charts
-from stages.report.comparison import NOTHING, size_text
+from stages.report.comparison import NOTHING, main_metric, size_text
 from stages.report.page import Html, code, join, note, table, tag
 from stages.report.results import Group, Model
 
@@ -41,12 +41,13 @@ def _splits(group: Group) -> str:
 
 
 def chain(group: Group, task: Any) -> Html:
-    """Who learns from whom."""
-    metric = task.METRICS[task.MAIN_METRIC]
+    """Who learns from whom, or begins with whose weights."""
+    main, metric = main_metric(group, task)
     nodes = []
     for model in group.models:
-        figure = metric.show(model.metrics["test"][task.MAIN_METRIC]) + " %" * metric.percent
+        figure = metric.show(model.metrics["test"][main]) + " %" * metric.percent
         found = model.description
+        start = found.start["name"] if found and found.start and model.learnt_from is None else None
         nodes.append(
             charts.Node(
                 name=model.name,
@@ -56,13 +57,15 @@ def chain(group: Group, task: Any) -> Html:
                     f"{model.role} · {task.size(found.interface)}" if found else model.role,
                     f"test {metric.label} {figure}",
                 ),
-                parent=model.learnt_from,
-                label=model.method or "",
+                parent=model.learnt_from or start,
+                label=model.method or ("start" if start else ""),
             )
         )
     links = "; ".join(f"{model.name} learns from {model.learnt_from or 'labels'}" for model in group.models)
     drawing = charts.chain(nodes, links)
     said = "An arrow is a training, named by its method. Who has no arrow learnt from no other model."
+    if any(node.label == "start" for node in nodes):
+        said += " The arrow `start` leads to a model that began with the weights of another and learnt from labels."
     return join([drawing, tag("p", said, class_="small soft")])
 
 
@@ -91,7 +94,7 @@ def curves(group: Group, task: Any) -> Html:
     said = "Losses as recorded every few steps; an axis whose labels grow by factors is logarithmic."
     return join(
         [
-            charts.legend([model.name for model in group.models]),
+            charts.legend({number: group.models[number].name for number in found}),
             tag("div", *drawn, class_="charts"),
             tag("p", said, class_="small soft"),
         ]
@@ -152,7 +155,7 @@ def _heat(share: float, worst: float) -> Html:
 
 def export(group: Group, task: Any) -> Html:
     """How near the exported graphs are to PyTorch."""
-    metric = task.METRICS[task.MAIN_METRIC]
+    metric = task.METRICS[task.PARITY]
     rows = []
     for model in group.models:
         if model.exported is not None:
@@ -188,9 +191,10 @@ def latency(group: Group) -> Html:
     bands = [("", 1), *((f"batch {batch}", 2) for batch in batches), ("size", 2)]
     rule = range(1, 2 * len(batches) + 2, 2)
     machine, threads = group.latency["machine"], group.latency["threads"]
+    inputs = f"; {group.latency['inputs']}" if "inputs" in group.latency else ""
     said = (
         f"ONNX Runtime, {threads} thread{'s' * (threads != 1)}, on {machine['processor'] or 'an unnamed processor'} "
-        f"({machine['cores']} cores), {group.latency['time']}. Only figures of one run on one machine compare."
+        f"({machine['cores']} cores), {group.latency['time']}{inputs}. Only figures of one run on one machine compare."
     )
     figures = table(headings, rows, numeric=range(1, len(headings)), bold=[1], rule=rule, bands=bands)
     return join([figures, tag("p", said, class_="small soft")])

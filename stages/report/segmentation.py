@@ -10,14 +10,14 @@ from data.errors import UserError
 from data.files import digest
 from models.artifacts import load_model
 from stages import paths
-from stages.report import charts, pictures, sections
+from stages.parameters.shared import Dataset
+from stages.report import charts, pictures, samples, sections
 from stages.report.page import Html, join, note, tag
-from stages.report.results import Group, Metric, Model
+from stages.report.results import Group, Metric
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-MAIN_METRIC = "miou"
 WORSE = {
     "noise": "standard deviation, of pixels in [0, 1]",
     "blur": "standard deviation, in pixels",
@@ -31,9 +31,17 @@ METRICS = {
     **{f"miou_{kind}_{level}": Metric(f"{kind} {level}", True) for kind in WORSE for level in LEVELS},
 }
 
+ANSWER = None
+PARITY = "miou"
+
 DIFFERENT, OTHERS = 4, 2
 # Pixels across a picture on the page, and at most inside the file.
 SHOWN, KEPT = 176, 352
+
+
+def main_metric(dataset: Dataset) -> str:
+    """The same of every data set."""
+    return "miou"
 
 
 def size(interface: dict[str, Any]) -> str:
@@ -54,7 +62,7 @@ def images(group: Group) -> Html:
     if not (prepared / "images.npy").is_file():
         return note(f"The images are not here ({prepared}) · run `dvc repro prepare@{group.dataset}`")
     loaded, missing = networks(group)
-    tables = {model.name: _test(model) for model in group.models if model.samples is not None}
+    tables = {model.name: samples.of_test(model) for model in group.models if model.samples is not None}
     ids, pixels, labels = data.load(prepared, "test")
     place = {name: index for index, name in enumerate(ids)}
     chosen = [name for name in choose(group, tables, ids) if name in place]
@@ -107,7 +115,7 @@ def networks(group: Group) -> tuple[dict[str, "nn.Module"], list[str]]:
     loaded, missing = {}, []
     for model in group.models:
         try:
-            loaded[model.name], _ = load_model(paths.trained(group.task, model.name))
+            loaded[model.name], _ = load_model(model.folder)
         except UserError as error:
             missing.append(f"Without {model.name}: {error}")
     return loaded, missing
@@ -173,17 +181,11 @@ def robustness(group: Group) -> Html:
     said = "Test mIoU in per cent, by how much an image was worsened; `tasks` in params.yaml sets the strengths."
     return join(
         [
-            charts.legend([model.name for model in group.models]),
+            charts.legend({number: group.models[number].name for _, number in found}),
             tag("div", *drawn, class_="charts"),
             tag("p", said, class_="small soft"),
         ]
     )
-
-
-def _test(model: Model) -> pd.DataFrame:
-    """Its test samples by id."""
-    table = model.samples if model.samples is not None else pd.DataFrame(columns=["split", "id"])
-    return table[table["split"] == "test"].set_index("id")
 
 
 def _figure(tables: dict[str, pd.DataFrame], model: str, name: str) -> Html | None:

@@ -21,6 +21,7 @@ from stages.parameters import load
 from stages.report import __main__ as report
 from stages.report import charts, comparison, page, recognition, sections
 from stages.report.results import Difference, Group, difference, error_of, read_task
+from stages.report.samples import choose
 
 sys.path.insert(0, str(Path(__file__).parent))
 from page_reader import Reader
@@ -316,9 +317,10 @@ def test_marks_tell_right_from_wrong() -> None:
 
 def test_disagreement_is_shown_first_and_always_the_same() -> None:
     tables = {model.name: model.samples.query("split == 'test'").set_index("id") for model in group().models}
-    chosen, disagreed = recognition.choose(tables)
+    counts = (recognition.DISAGREED, recognition.OTHERS)
+    chosen, disagreed = choose(tables, *counts)
     reversed_tables = {name: table.iloc[::-1] for name, table in reversed(tables.items())}
-    assert (chosen, disagreed) == recognition.choose(reversed_tables)
+    assert (chosen, disagreed) == choose(reversed_tables, *counts)
     # The teacher is right everywhere, so that models disagree wherever any of them is wrong.
     mixed = {f"row-{row}" for row in range(max(WRONG.values()))}
     assert disagreed == len(mixed)
