@@ -65,7 +65,7 @@ def evaluate(files: Path, description: Mapping[str, Any], prepared: Path) -> pd.
     Raises:
         ValueError: the data set asks another question: its classes are others, or it has pairs where there were none.
     """
-    from mlflow.pyfunc import PythonModelContext
+    from mlflow.pyfunc.model import PythonModelContext
 
     from pipelines.serving.text import Student
 
