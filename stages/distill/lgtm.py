@@ -208,7 +208,8 @@ class Learner(Method):
 
     Every pass with random numbers has its own seed: the same masks are drawn whether there is an influence or not. The
     perturbed students run in float32 also with mixed precision, whose rounding is larger than the perturbation. They
-    and the virtual student have copies of the buffers: only the student itself collects statistics.
+    and the virtual student have copies of the buffers: only the student itself collects statistics. The exact form
+    needs plain attention, whose masks on an accelerator may be others than those of the fused kernels.
 
     With `influence_scale: 0` nothing is held out and nothing computed but online distillation, to the same bits as with
     an influence times 0.
@@ -325,14 +326,13 @@ class Learner(Method):
             if not self._reuse:
                 logits = self._task.logits(self._forward("teacher", views.teacher, context))
         weight = parameters.teacher_alpha if parameters.influence_loss == "teacher_kl" else parameters.alpha
-        cotangent = influence_cotangent(motion, logits, weight, parameters.influence_loss, tau).to(logits.dtype)
-        found = influence(motion, logits, temperature=tau)
-        found = context.run.gather(found)
+        cotangent = influence_cotangent(motion, logits, weight, parameters.influence_loss, tau)
+        found = context.run.gather(influence(motion, logits, temperature=tau))
         if views.rows is not None:
             epoch = context.step // self._task.steps_per_epoch
             self._ledger.add(context.run.gather(views.rows), epoch, found)
         scale = self._apply(auxiliary, logits, cotangent, context)
-        own = slope.norm()
+        own = slope.to(cotangent.dtype).norm()
         return {
             "influence/mean": found.mean(),
             "influence/lowest": found.min(),
@@ -375,6 +375,7 @@ class Learner(Method):
 
     def _apply(self, auxiliary: Tensor, logits: Tensor, cotangent: Tensor, context: Context) -> float:
         """Step on the teacher's own loss minus lambda * influence; returns lambda."""
+        cotangent = cotangent.to(logits.dtype)
         scale = self._parameters.influence_scale
         if isinstance(scale, str):
             name = scale.removesuffix("_lr")

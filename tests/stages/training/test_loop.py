@@ -101,10 +101,13 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(toys.Toy, "norm", False)
     run = Run(toys.settings(precision="64-true"))
     for name in toys.TOYS:
-        for part, module in trained(name, run).modules.items():
-            for key, tensor in module.state_dict().items():
+        one = trained(name, run)
+        parts = {part: module.state_dict() for part, module in one.modules.items()} | {"state": one.state()}
+        for part, state in parts.items():
+            for key, value in state.items():
+                found, expected = torch.as_tensor(two[name][part][key]), torch.as_tensor(value)
                 message = f"{name}: {part}.{key}"
-                torch.testing.assert_close(two[name][part][key], tensor, rtol=1e-9, atol=1e-11, msg=message)
+                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11, msg=message)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(run: Run) -> None:

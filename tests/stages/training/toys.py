@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--plain", action="store_true", help="without BatchNorm, dropout and noise")
-    parser.add_argument("--weights", type=Path, help="where all weights are saved")
+    parser.add_argument("--weights", type=Path, help="where all weights, and what else a method keeps, are saved")
     arguments = parser.parse_args()
     os.chdir(arguments.folder)
     run = Run(settings(arguments.devices, arguments.batch, arguments.precision))
@@ -314,7 +314,7 @@ def main() -> None:
         toy = TOYS[name](run, arguments.batch)
         toy.pause = arguments.pause
         train(toy, run, stage="toy", key=name, steps=STEPS, seed=7, identity={"toy": name})
-        weights[name] = {part: module.state_dict() for part, module in toy.modules.items()}
+        weights[name] = {part: module.state_dict() for part, module in toy.modules.items()} | {"state": toy.state()}
         if run.rank == 0:
             print(fingerprint(toy), flush=True)
     if run.rank == 0 and arguments.weights:
