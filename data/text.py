@@ -14,6 +14,7 @@ A prepared data set is a folder:
 
 import csv
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ HELD_OUT = "held_out"
 SPLITS = (TRAIN, HELD_OUT, "validation", "test")
 PAD, UNKNOWN, START, SEPARATOR, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER = "tokenizer.json"
+COLUMNS = ("id", "split", "label", "length", "sha256")  # of every manifest
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ GLUE = {
 SCORES = ["0", "1", "2", "3", "4", "5"]
 
 
-# Reading. Every reader gives a row per sample, with its place in the file (`row`, from 1), `text`, `pair` where there
+# Reading. Every reader gives a row per sample: its place below the header (`row`, from 1), `text`, `pair` where there
 # are two, and `label` as it stands there.
 
 
@@ -81,19 +83,8 @@ def read_table(file: Path, columns: Any, separator: str) -> pd.DataFrame:
     Raises:
         UserError: it is no such table, or has no column of a wanted name.
     """
-    tab = separator == "tab"
-    try:
-        table = pd.read_csv(
-            file,
-            sep="\t" if tab else ",",
-            quoting=csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL,
-            dtype=str,
-            keep_default_na=False,
-            encoding="utf-8-sig",
-        )
-    except (OSError, ValueError) as error:  # pandas' own errors of parsing are ValueErrors too
-        raise UserError(f"{file} cannot be read as a table ({error}) · is it there, complete and UTF-8?") from None
-    return _chosen(file, table, columns.text, columns.pair, columns.label)
+    names, *rows = (_lines(file) if separator == "tab" else _quoted(file)) or [[]]
+    return _chosen(file, _frame(file, names, rows), columns.text, columns.pair, columns.label)
 
 
 def read_orange(file: Path, columns: Any) -> pd.DataFrame:
@@ -102,8 +93,8 @@ def read_orange(file: Path, columns: Any) -> pd.DataFrame:
     Raises:
         UserError: it is no such file, or has no column of a wanted name.
     """
-    lines = [*_lines(file), [], [], []]
-    return _chosen(file, _frame(file, lines[0], lines[3:]), columns.text, columns.pair, columns.label)
+    names, *rows = _lines(file) or [[]]
+    return _chosen(file, _frame(file, names, rows[2:]), columns.text, columns.pair, columns.label)
 
 
 def read_glue(file: Path, task: Glue) -> pd.DataFrame:
@@ -117,44 +108,66 @@ def read_glue(file: Path, task: Glue) -> pd.DataFrame:
         names: list[Any] = list(range(len(rows[0]) if rows else 0))
     else:
         names, *rows = rows or [[]]
-    complete = [row for row in rows if len(row) == len(names)]
-    table = _chosen(file, _frame(file, names, complete), *task.columns)
-    table.attrs["broken"] = sum(1 for row in rows if row) - len(complete)
+    broken = [bool(row) and len(row) != len(names) for row in rows]
+    whole = [[] if wrong else row for row, wrong in zip(rows, broken, strict=True)]
+    table = _chosen(file, _frame(file, names, whole), *task.columns)
+    table.attrs["broken"] = sum(broken)
     return table
 
 
 def _lines(file: Path) -> list[list[str]]:
     """The cells of a file whose columns are separated by tabs; an empty line is a row without cells."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error}) · is it there, complete and UTF-8?") from None
     # Only line feeds end a line: other characters that Python counts among the ends of lines stand inside texts.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    lines = [line.removesuffix("\r") for line in _decoded(file).removesuffix("\n").split("\n")]
     return [line.split("\t") if line.strip("\t") else [] for line in lines]
 
 
+def _quoted(file: Path) -> list[list[str]]:
+    """The cells of a CSV; an empty line is a row without cells."""
+    try:
+        return list(csv.reader(io.StringIO(_decoded(file), newline=""), strict=True))
+    except csv.Error as error:
+        raise UserError(f"{file} is no CSV ({error}) · is it complete, and every quote closed?") from None
+
+
+def _decoded(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}) · is it there, complete and UTF-8?") from None
+
+
 def _frame(file: Path, names: list[Any], rows: list[list[str]]) -> pd.DataFrame:
-    filled = [row for row in rows if row]
-    if uneven := [row for row in filled if len(row) != len(names)]:
-        raise UserError(
-            f"{file} has {len(names)} columns, but a row of {len(uneven[0])}: {uneven[0][0][:40]!r} · mend the file"
-        )
-    return pd.DataFrame(filled, columns=names)
+    """A table of the rows that have cells; its index is their place, from 1."""
+    filled = {place: row for place, row in enumerate(rows, start=1) if row}
+    for place, row in filled.items():
+        if len(row) != len(names):
+            raise UserError(
+                f"{file} has {len(names)} columns, but {len(row)} in row {place} below the header: {row[0][:40]!r} · "
+                "mend the file"
+            )
+    return pd.DataFrame(list(filled.values()), index=list(filled), columns=names, dtype=object)
 
 
 def _chosen(file: Path, table: pd.DataFrame, text: Any, pair: Any, label: Any) -> pd.DataFrame:
     wanted = {"text": text, "pair": pair, "label": label}
+    known = list(table.columns)
     for role, name in wanted.items():
-        if name is not None and name not in table.columns:
+        if name is not None and known.count(name) != 1:
+            what = f"two columns {name!r}" if name in known else f"no column {name!r}"
             raise UserError(
-                f"{file} has no column {name!r} for `{role}`; {suggest(str(name), map(str, table.columns))} · "
-                "correct `columns` of the data set"
+                f"{file} has {what} for `{role}`; {suggest(str(name), map(str, known))} · correct `columns` of the "
+                "data set, or the file"
             )
     if table.empty:
         raise UserError(f"{file} holds no sample · is it complete?")
-    found = {role: table[name].str.strip() for role, name in wanted.items() if name is not None}
-    return pd.DataFrame({"row": range(1, len(table) + 1), **found})
+    # A carriage return would end a line of the manifest.
+    found = {
+        role: table[name].str.replace(r"\r\n?", "\n", regex=True).str.strip()
+        for role, name in wanted.items()
+        if name is not None
+    }
+    return pd.DataFrame({"row": table.index, **found}).reset_index(drop=True)
 
 
 def read(raw: Path, dataset: Any) -> tuple[dict[str, pd.DataFrame], list[str]]:
@@ -175,7 +188,9 @@ def read(raw: Path, dataset: Any) -> tuple[dict[str, pd.DataFrame], list[str]]:
         tables = {name: read_orange(raw / file, dataset.columns) for name, file in files.items()}
     else:
         tables = {name: read_table(raw / file, dataset.columns, dataset.separator) for name, file in files.items()}
-    classes = dataset.classes or sorted(tables[TRAIN]["label"].unique())
+    classes = dataset.classes or sorted(set(tables[TRAIN]["label"]) - {""})
+    if len(classes) < 2:
+        raise UserError(f"{raw / files[TRAIN]} has one label only: {', '.join(classes)!r} · correct `columns.label`")
     return _labelled(tables, {name: name for name in classes}, raw)
 
 
@@ -195,7 +210,7 @@ def _labelled(
             first, count = table[wrong].iloc[0], int(wrong.sum())
             raise UserError(
                 f"{folder} has {count} unknown label{'s' * (count > 1)} among its {part} samples: {first['label']!r} "
-                f"in row {first['row']}; known: {known} · correct the file, or `classes`"
+                f"in row {first['row']} below the header; known: {known} · correct the file, or `classes`"
             )
         table["label"] = indices.astype(np.int64)
     return tables, list(labels.values()) if labels is not None else list(SCORES)
@@ -241,7 +256,7 @@ def _with_vocabulary(vocabulary: dict[str, int], normalise: str) -> "Tokenizer":
 
 
 def learn_tokenizer(texts: Sequence[str], size: int, normalise: str) -> "Tokenizer":
-    """A WordPiece vocabulary of at most `size` pieces, the same for the same texts.
+    """A WordPiece vocabulary of `size` pieces (more where there are more letters), the same for the same texts.
 
     Source: Schuster and Nakajima 2012; the trainer is that of the library tokenizers (pairs by frequency).
     """
@@ -263,23 +278,32 @@ def adopt_tokenizer(file: Path, normalise: str) -> "Tokenizer":
     """The tokenizer of an existing BERT, from its vocabulary: a word piece per line.
 
     Raises:
-        UserError: there is no such file, or it lacks a special token.
+        UserError: there is no such file, it lacks a special token, or it holds a piece twice.
     """
     try:
-        pieces = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        pieces = file.read_bytes().decode("utf-8").rstrip("\r\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the vocabulary {file} cannot be read ({error}) · correct `tokenizer.file`") from None
     vocabulary = {piece.rstrip("\r"): index for index, piece in enumerate(pieces)}
     if missing := [name for name in SPECIAL if name not in vocabulary]:
         raise UserError(f"{file} is no vocabulary of a BERT: it lacks {', '.join(missing)} · correct `tokenizer.file`")
+    if len(vocabulary) < len(pieces):
+        raise UserError(f"{file} holds a piece twice: its lines are no numbers of pieces · correct `tokenizer.file`")
     return _with_vocabulary(vocabulary, normalise)
 
 
 def read_tokenizer(file: Path) -> "Tokenizer":
-    """tokenizer.json. A text that spells a special token does not become one."""
+    """tokenizer.json. A text that spells a special token does not become one.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library has no exception of its own
+        raise UserError(f"{file} cannot be read as a tokenizer ({error}) · is the file complete?") from None
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -293,16 +317,18 @@ def encode(
     """
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
+    tokenizer.no_truncation()
     inputs: list[Any] = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-    tokenizer.no_truncation()
-    found = tokenizer.encode_batch(inputs)
-    lengths = np.array([len(one) for one in found], dtype=np.int64)
+    found = [one.ids for one in tokenizer.encode_batch(inputs)]
+    lengths = np.array([len(ids) for ids in found], dtype=np.int64)
     tokenizer.enable_truncation(length, strategy="longest_first")
-    tokens = np.full((len(inputs), length), tokenizer.token_to_id(PAD), dtype=np.int32)
-    for index, one in enumerate(found):
-        ids = one.ids if len(one) <= length else tokenizer.encode(*np.atleast_1d(inputs[index]).tolist()).ids
-        tokens[index, : len(ids)] = ids
+    for index in np.flatnonzero(lengths > length):
+        (cut,) = tokenizer.encode_batch([inputs[index]])
+        found[index] = cut.ids
     tokenizer.no_truncation()
+    tokens = np.full((len(inputs), length), tokenizer.token_to_id(PAD), dtype=np.int32)
+    for row, ids in zip(tokens, found, strict=True):
+        row[: len(ids)] = ids
     return tokens, lengths
 
 
@@ -343,8 +369,7 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
         if number:
             log.warning(_NOTES[what].format(number, len(samples), dataset.length))
     last = [name for name in ("score", "flipped", "text", "pair") if name in samples]
-    columns = ["id", "split", "label", "length", "sha256", *last]
-    samples[columns].to_csv(output / "manifest.csv", index=False, lineterminator="\n")
+    samples[[*COLUMNS, *last]].to_csv(output / "manifest.csv", index=False, lineterminator="\n")
     np.save(output / "tokens.npy", tokens)
     np.save(output / "labels.npy", samples["label"].to_numpy(dtype=np.int64))
     write_json(
@@ -392,8 +417,11 @@ def _split(train: pd.DataFrame, dataset: Any) -> pd.DataFrame:
     """The training file, or `rows` of it, with a column `split`."""
     settings = dataset.split
     if dataset.rows is not None and dataset.rows < len(train):
-        chosen = split(train["label"].to_numpy(), {"rows": dataset.rows}, settings.seed) == "rows"
-        train = train[chosen].reset_index(drop=True)
+        try:
+            part = split(train["label"].to_numpy(), {"unused": len(train) - dataset.rows}, settings.seed)
+        except UserError:
+            raise UserError(f"rows = {dataset.rows} leaves some class without a sample · raise it") from None
+        train = train[part == TRAIN].reset_index(drop=True)
     wanted = {name: getattr(settings, name) for name in ("validation", "test") if getattr(settings, name) is not None}
     wanted[HELD_OUT] = max(1, round(settings.held_out * (len(train) - sum(wanted.values()))))
     return train.assign(split=split(train["label"].to_numpy(), wanted, settings.seed))
@@ -447,7 +475,8 @@ def tables(prepared: Path) -> dict[str, pd.DataFrame]:
     manifest["wrong_tokens"] = (tokens != arrays["tokens"]).sum(axis=1)
     manifest["stored_label"] = arrays["labels"]
     texts = [manifest[name] for name in ("text", "pair") if name in manifest]
-    manifest["words"] = np.min([[len(_words(tokenizer, text)) for text in column] for column in texts], axis=0)
+    normalise = tokenizer.normalizer.normalize_str
+    manifest["letters"] = np.min([[len(normalise(text).strip()) for text in column] for column in texts], axis=0)
     same_content = manifest.groupby("sha256")
     manifest["splits_of_content"] = same_content["split"].transform("nunique")
     # The name of a sample with the same content, so that a finding shows pairs.
@@ -466,12 +495,6 @@ def tables(prepared: Path) -> dict[str, pd.DataFrame]:
     return {"manifest": manifest, "splits": splits, "balance": balance}
 
 
-def _words(tokenizer: "Tokenizer", text: str) -> str:
-    """A text as the vocabulary sees it; nothing where nothing is left of it."""
-    normalised: str = tokenizer.normalizer.normalize_str(text)
-    return normalised.strip()
-
-
 def expectations(dataset: Any, description: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """What is expected, as plain data: per table of `tables`, Great Expectations' type names and arguments.
 
@@ -480,13 +503,12 @@ def expectations(dataset: Any, description: dict[str, Any]) -> dict[str, list[di
     """
     expect, between = dataset.expect, "expect_column_values_to_be_between"
     labels = list(range(len(description["classes"])))
-    columns = ("id", "split", "label", "length", "sha256")
     manifest: list[dict[str, Any]] = [
-        *({"type": "expect_column_values_to_not_be_null", "column": name} for name in columns),
+        *({"type": "expect_column_values_to_not_be_null", "column": name} for name in COLUMNS),
         {"type": "expect_column_values_to_be_unique", "column": "id"},
         {"type": "expect_column_values_to_be_in_set", "column": "label", "value_set": labels},
         {"type": "expect_column_values_to_be_in_set", "column": "split", "value_set": list(SPLITS)},
-        {"type": between, "column": "words", "min_value": 1, "description": "no text is empty"},
+        {"type": between, "column": "letters", "min_value": 1, "description": "no text is empty"},
         {
             "type": between,
             "column": "splits_of_content",
@@ -536,11 +558,12 @@ def describe(prepared: Path) -> dict[str, Any]:
 
 
 def _read_manifest(prepared: Path) -> pd.DataFrame:
-    """manifest.csv: an empty text is empty, and "nan" is a text like any other."""
+    """manifest.csv: an empty text is empty, and "nan" is a text like any other; elsewhere an empty cell is missing."""
     return pd.read_csv(
         prepared / "manifest.csv",
         dtype={"id": str, "split": str, "sha256": str, "text": str, "pair": str},
         keep_default_na=False,
+        na_values={name: [""] for name in COLUMNS},
     )
 
 

@@ -75,7 +75,6 @@ def not_worse(name: str, ours: Scores, theirs: Scores, other: str, gates: Gates)
     bound = float(np.quantile(resampled[0] - resampled[1], 1 - gates.confidence))
     # The figure of every sample for itself: how often one model is better, however much.
     one_by_one = ours.figure(ours.rows), theirs.figure(theirs.rows)
-    defined = np.isfinite(one_by_one).all()  # of some metrics, correlations say, one sample has no figure
     difference = ours.value - theirs.value
     figures |= {
         "score": ours.value,
@@ -85,10 +84,9 @@ def not_worse(name: str, ours: Scores, theirs: Scores, other: str, gates: Gates)
         "confidence": gates.confidence,
         "resamples": gates.resamples,
         "seed": gates.seed,
+        "samples_better": int((one_by_one[0] > one_by_one[1]).sum()),
+        "samples_worse": int((one_by_one[0] < one_by_one[1]).sum()),
     }
-    if defined:
-        figures["samples_better"] = int((one_by_one[0] > one_by_one[1]).sum())
-        figures["samples_worse"] = int((one_by_one[0] < one_by_one[1]).sum())
     # Written so that NaN does not pass.
     passed = bound >= -gates.delta - ROUNDING
     sentence = (

@@ -222,17 +222,18 @@ def _teacher(
 ) -> Check:
     """Against the teacher at the end of the chain; a student of labels alone, against the best of its data set.
 
-    A teacher that learnt together with a student (its companion `teacher`) stands for the one that it began as, which
-    may never have learnt the task.
+    A teacher that learnt together with a student (its companion `teacher`) stands for the one that it began as. One
+    that never learnt the task is nothing to compare with.
     """
     folders = paths.models(task, parameters.models(task))
     chain = [name]
     while chain[-1] in parameters.students:
         together = f"{chain[-1]}.teacher"
         chain.append(together if together in folders else parameters.students[chain[-1]].teacher)
-    dataset = parameters.students[name].dataset
-    teachers = [] if chain[-1] == "none" else [chain[-1]]
-    teachers = teachers or [other for other, entry in parameters.teachers.items() if entry.dataset == dataset]
+    dataset, last = parameters.students[name].dataset, chain[-1]
+    learnt = {other: entry.dataset for other, entry in parameters.teachers.items() if not entry.pretrained}
+    alone = [other for other, theirs in learnt.items() if theirs == dataset]
+    teachers = [last] if last in learnt or "." in last else alone
     wanted = (dataset, gates.interface(description)["classes"])
     comparable = {}
     for teacher in teachers:

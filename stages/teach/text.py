@@ -21,7 +21,6 @@ from stages.training.existing import begin_with, load_weights, require_same_ques
 
 Taught = tuple[nn.Module, Description]
 HEAD = ("classifier.",)  # what depends on the classes
-IGNORED = -100
 # Of the tokens that are asked for, those that are shown as the mask, and those that are shown as any other token.
 HIDDEN, REPLACED = 0.8, 0.1
 
@@ -37,7 +36,8 @@ class Text(Task):
         trains: whether batches will be drawn.
 
     Raises:
-        UserError: teacher and data set differ in classes or vocabulary, or there are too few samples for a batch.
+        UserError: teacher and data set differ in classes, length or vocabulary, or there are too few samples for a
+            batch.
     """
 
     student: models.Bert
@@ -72,7 +72,7 @@ class Text(Task):
         self.student = self._place(models.build({"network": self.network, "interface": self.interface}))
         self.teacher = None
         if teacher is not None:
-            require_same_question(teacher[1], description, prepared, ("classes", "tokenizer_sha256"))
+            require_same_question(teacher[1], description, prepared, ("classes", "length", "tokenizer_sha256"))
             self.teacher = self._place(teacher[0])
         self.steps = self.steps_per_epoch = 0
         if trains:
@@ -212,14 +212,18 @@ def mask_tokens(
 
     Args:
         tokens: (B, L) int64. uniform: (3, B, L) in [0, 1): which are asked for, how they are shown, and as what.
-        share: of the tokens that are asked for. kept: tokens that are never asked for, as is the first of each text.
+        share: of the tokens that are asked for. kept: tokens that are never asked for nor shown instead of others; the
+            first of each text is never asked for either.
     """
-    free = ~torch.isin(tokens, torch.tensor(kept, device=tokens.device))
+    ends = torch.tensor(kept, device=tokens.device)
+    free = ~torch.isin(tokens, ends)
     free[:, 0] = False
     asked = free & (uniform[0] < share)
     if not asked.any():  # of a few short texts: the one that came nearest
         asked.view(-1)[torch.where(free, uniform[0], 2.0).argmin()] = True
     random = (uniform[2] * vocabulary).long().clamp(max=vocabulary - 1)
+    # Padding and segments follow from the tokens: none that means an end may turn up inside a text.
+    random = torch.where(torch.isin(random, ends), tokens, random)
     instead = torch.where(uniform[1] < HIDDEN, mask, torch.where(uniform[1] < HIDDEN + REPLACED, random, tokens))
     return torch.where(asked, instead, tokens), asked
 

@@ -48,7 +48,8 @@ def begin_with(
     other, description = start
     state, own = other.state_dict(), network.state_dict()
     if description.interface["classes"] != classes:
-        state = {key: own[key] if key.startswith(head) else value for key, value in state.items()}
+        kept = {key: value for key, value in own.items() if key.startswith(head)}
+        state = kept | {key: value for key, value in state.items() if not key.startswith(head)}
     load_weights(network, state, f"`start`: the network of {description.name!r} is another")
 
 

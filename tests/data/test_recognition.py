@@ -10,7 +10,6 @@ import math
 import re
 import tempfile
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,84 +23,15 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.files import tree_digest
-from data.recognition import SPLITS, augment, downsample, load, prepare, read_csv, read_folder, split, to_unit
+from data.recognition import augment, downsample, load, prepare, read_csv, read_folder, to_unit
+from data.splits import split
 from stages.parameters.recognition import Dataset
 
 PROVENANCE = {"name": "toy", "licence": "none", "credit": "random numbers", "redistributable": True}
-LABELS = st.lists(st.integers(0, 5), min_size=3, max_size=120).map(np.array)
 
 
 def some_images(count: int, channels: int, size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, channels, size, size), dtype=np.uint8)
-
-
-# The split
-
-
-def in_proportion(counts: dict[int, int], wanted: int) -> dict[int, int]:
-    """The method of the largest remainder in exact fractions; among equal remainders the lower label is served."""
-    total = sum(counts.values())
-    share = {label: Fraction(wanted * count, total) for label, count in counts.items()}
-    take = {label: math.floor(value) for label, value in share.items()}
-    for label in sorted(counts, key=lambda label: (take[label] - share[label], label))[: wanted - sum(take.values())]:
-        take[label] += 1
-    return take
-
-
-@settings(deadline=None, max_examples=150)
-@given(LABELS, st.integers(1, 60), st.integers(1, 60), st.integers(0, 2**31))
-def test_a_split_is_exact_in_proportion_and_repeatable(
-    labels: np.ndarray, validation: int, test: int, seed: int
-) -> None:
-    assume(validation + test < len(labels))
-    everything = Counter(labels.tolist())
-    held_out = in_proportion(everything, validation)
-    rest = {label: count - held_out[label] for label, count in everything.items() if count > held_out[label]}
-    tested = in_proportion(rest, test)
-    trained = {label: count - tested[label] for label, count in rest.items() if count > tested[label]}
-    lost = sorted(everything.keys() - trained.keys())
-    if lost:
-        with pytest.raises(UserError, match=re.escape(f"labels {lost} have no sample left for training")):
-            split(labels, validation, test, seed)
-        return
-    part = split(labels, validation, test, seed)
-    assert part.shape == labels.shape
-    assert Counter(part) == {"train": len(labels) - validation - test, "validation": validation, "test": test}
-    for name, wanted in (("validation", held_out), ("test", tested), ("train", trained)):
-        found = Counter(labels[part == name].tolist())
-        assert found == {label: count for label, count in wanted.items() if count}, name
-    for label, count in everything.items():
-        mine = part[labels == label]
-        assert abs((mine == "validation").sum() - validation * count / len(labels)) < 1
-        assert abs((mine == "test").sum() - test * rest[label] / sum(rest.values())) < 1
-    assert (split(labels, validation, test, seed) == part).all()
-
-
-def test_equal_remainders_go_to_the_lower_label() -> None:
-    """22 and 34 of 87 leave the same remainder for 58, 2/3, which floating point does not see."""
-    labels = np.repeat(np.arange(4), [19, 22, 34, 12])
-    part = split(labels, 58, 1, 0)
-    assert np.bincount(labels[part == "validation"]).tolist() == [13, 15, 22, 8]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_another_seed_is_another_split_and_no_class_is_cut_in_the_order_of_its_rows(seed: int) -> None:
-    labels = np.repeat(np.arange(3), 40)
-    first, second = split(labels, 30, 30, seed), split(labels, 30, 30, seed + 1)
-    assert (first != second).mean() > 0.3
-    for name in SPLITS:
-        for label in range(3):
-            rows = np.flatnonzero((first == name) & (labels == label)) - 40 * label
-            assert np.ptp(rows) > len(rows), "the rows of one class follow each other"
-
-
-@settings(deadline=None)
-@given(LABELS, st.integers(0, 3), st.integers(1, 100))
-def test_a_split_without_training_samples_is_refused(labels: np.ndarray, excess: int, test: int) -> None:
-    validation = max(len(labels) + excess - test, 1)
-    message = f"split.validation + split.test = {validation + test}, but there are only {len(labels)} samples"
-    with pytest.raises(UserError, match=re.escape(message)):
-        split(labels, validation, test, 0)
 
 
 # Reading tables
@@ -367,7 +297,7 @@ def test_the_manifest_says_what_the_pixels_are(prepared: tuple[Path, np.ndarray,
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["id", "split", "label", "height", "width", "sha256", "mean", "spread"]
     assert len(rows) == len({row["id"] for row in rows}) == 40
-    part = split(labels, 9, 7, 3)
+    part = split(labels, {"validation": 9, "test": 7}, 3)
     for index, row in enumerate(rows):
         pixels = [value / 255 for value in images[index].ravel().tolist()]
         mean = math.fsum(pixels) / len(pixels)
@@ -384,7 +314,7 @@ def test_the_description_holds_mean_and_spread_of_the_training_images(
 ) -> None:
     folder, images, labels = prepared
     description = json.loads((folder / "dataset.json").read_text())
-    train = images[split(labels, 9, 7, 3) == "train"]
+    train = images[split(labels, {"validation": 9, "test": 7}, 3) == "train"]
     for channel, (mean, std) in enumerate(zip(description["mean"], description["std"], strict=True)):
         pixels = [value / 255 for value in train[:, channel].ravel().tolist()]
         expected = math.fsum(pixels) / len(pixels)

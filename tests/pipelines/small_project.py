@@ -45,9 +45,10 @@ class Small:
     task: ClassVar[str] = TASK
     metric: ClassVar[str] = "top_1"
     interface: ClassVar[dict[str, Any]] = INTERFACE
-    input: ClassVar[list[int]] = [1, SIDE, SIDE]
+    input: ClassVar[dict[str, Any]] = {"name": "images", "shape": ["batch", 1, SIDE, SIDE], "dtype": "float32"}
     network: ClassVar[dict[str, Any]] = {"name": "resnet", "widths": [4]}
     dataset: ClassVar[dict[str, Any]] = {"format": "folder", "size": SIDE, "channels": 1, "split": SPLIT}
+    teacher: ClassVar[dict[str, Any]] = {}
     student: ClassVar[dict[str, Any]] = {"resolution": SIDE}
 
     folder: Path
@@ -157,7 +158,7 @@ class Small:
         content = {
             "sources": {"tiny": {"kind": "folder", "path": "unused", "tree_digest": "0" * 64, **rights}},
             "datasets": {"tiny": dataset},
-            "teachers": {"teacher": {**common, "network": self.network}},
+            "teachers": {"teacher": {**common, "start": "none", "network": self.network, **self.teacher}},
             "students": entries,
             "exports": dict.fromkeys(entries, common),
             "tasks": {self.task: {}},
@@ -200,7 +201,7 @@ class Small:
         onnx = sha256(exported / "model.onnx")
         more = {
             "onnx_sha256": onnx,
-            "input": {"name": "images", "shape": ["batch", *self.input], "dtype": "float32"},
+            "input": self.input,
             "outputs": [{"name": "logits", "shape": ["batch", 3], "dtype": "float32"}],
             "parity": {
                 "samples": VALIDATION,

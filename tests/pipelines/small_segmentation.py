@@ -32,7 +32,7 @@ class SmallSegmentation(Small):
         "fit": "resize",
         "resize": "bilinear with antialiasing",
     }
-    input: ClassVar[list[int]] = [3, HEIGHT, WIDTH]
+    input: ClassVar[dict[str, Any]] = {"name": "images", "shape": ["batch", 3, HEIGHT, WIDTH], "dtype": "float32"}
     network: ClassVar[dict[str, Any]] = {"name": "pspnet", "encoder": ENCODER}
     dataset: ClassVar[dict[str, Any]] = {"format": "folders", "size": [HEIGHT, WIDTH], "classes": CLASSES}
     student: ClassVar[dict[str, Any]] = {}

@@ -15,13 +15,13 @@ import pytest
 import yaml
 
 from data.errors import UserError
-from data.recognition import split
+from data.splits import split
 from stages import paths, prepare, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, PER_CLASS, SIZE = 3, 20, 4
 TOTAL = CLASSES * PER_CLASS
-HELD_OUT = {"validation": 12, "test": 12, "seed": 0}
+WANTED = {"validation": 12, "test": 12}
 PREPARED = Path("data/prepared/recognition/tiny")
 PROOF = Path("data/validated/recognition/tiny.json")
 REPORT = Path("reports/validation/recognition/tiny")
@@ -56,7 +56,7 @@ def build(pixels: np.ndarray, labels: np.ndarray, **expect: Any) -> None:
                 "size": SIZE,
                 "channels": 1,
                 "classes": ["x", "y", "z"],
-                "split": HELD_OUT,
+                "split": {**WANTED, "seed": 0},
                 "expect": expect,
             }
         },
@@ -177,7 +177,7 @@ def test_the_command_fails_with_one_readable_paragraph() -> None:
 
 def test_the_same_image_in_training_and_test_is_found() -> None:
     pixels, labels = pixels_and_labels()
-    part = split(labels, **HELD_OUT)
+    part = split(labels, WANTED, 0)
     here, there = np.flatnonzero(part == "train")[3], np.flatnonzero(part == "test")[5]
     pixels[there] = pixels[here]
     build(pixels, labels)
@@ -189,7 +189,7 @@ def test_the_same_image_in_training_and_test_is_found() -> None:
 
 def test_the_same_image_twice_in_training_is_no_leak() -> None:
     pixels, labels = pixels_and_labels()
-    first, second = np.flatnonzero(split(labels, **HELD_OUT) == "train")[:2]
+    first, second = np.flatnonzero(split(labels, WANTED, 0) == "train")[:2]
     pixels[second] = pixels[first]
     build(pixels, labels)
     validate.main("tiny")

@@ -1,4 +1,4 @@
-"""Five small learners with the structure of the five methods, and a command that trains one of them.
+"""Five small learners with the structure of the five methods, LGTM itself, and a command that trains one of them.
 
     python tests/stages/training/toys.py NAME FOLDER [--devices 2] [--batch 8] [--precision 64-true] [--pause 0.01]
 
@@ -9,6 +9,7 @@ import argparse
 import copy
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stages.distill import lgtm
 from stages.distill.horkd import pair_loss, triplet_loss
 from stages.parameters.recognition import Training
 from stages.training import Context, Method, Run, Stream, derive_seed, train
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distill"))
+import mutual
 
 STEPS = 40
 
@@ -252,12 +257,28 @@ class Average(Toy):
         return terms
 
 
+class Mutual(lgtm.Learner):
+    """LGTM as it is, with everything that it has to remember."""
+
+    def __init__(self, run: Run, batch: int) -> None:
+        networks = mutual.networks(0.2 * Toy.norm)
+        rows = mutual.samples(8, 48, 6, 4), mutual.samples(9, 20, 6, 4)
+        task = mutual.Toy(run, *networks, *rows, batch=batch, steps=STEPS)
+        super().__init__(task, mutual.entry(influence_scale={"ratio": 0.5, "every": 3}), run)
+        self.pause = Toy.pause
+
+    def step(self, context: Context) -> Mapping[str, Tensor]:
+        time.sleep(self.pause)
+        return super().step(context)
+
+
 TOYS = {
     "feature": Feature,
     "influence": Influence,
     "adversarial": Adversarial,
     "experts": Experts,
     "average": Average,
+    "lgtm": Mutual,
 }
 
 
