@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from stages.parameters.shared import Student
 TABLE = "influence.csv"
 COLUMNS = ("row", "visits", "mean")
 TOP, NARROWEST, USUAL_WIDTH = 10, 40, 100
+# A text is cut between words, unless the last of them is longer than this.
+WORD = 16
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,10 @@ def readable(sample: pd.Series, most: int) -> str:
     parts = [str(sample[name]) for name in ("text", "pair") if name in sample and not pd.isna(sample[name])]
     plain = " | ".join(parts) or str(sample["id"])
     line = " ".join("".join(sign if sign.isprintable() else " " for sign in plain).split())
-    return line if len(line) <= most else line[: most - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+    if len(line) <= most:
+        return line
+    space = line.rfind(" ", most - WORD, most)
+    return line[: space if space > 0 else most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def main(key: str, top: int = TOP, export: Path | None = None) -> None:
@@ -151,16 +157,17 @@ def _text(key: str, entry: Student, found: pd.DataFrame, top: int) -> str:
     width = max(shutil.get_terminal_size((USUAL_WIDTH, 0)).columns, NARROWEST)
     marked = found.get("flipped", pd.Series(0, index=found.index)) == 1
     labels = [name + " (flipped)" * mark for name, mark in zip(found["class"], marked, strict=True)]
-    lines = [
+    said = [
         f"{key} ({entry.method} on {entry.dataset}): influence of {len(found):,} training samples",
         f"{100 * (found['mean'] < 0).mean():.1f} % have a negative influence: steps on them harm held-out samples",
     ]
     if check := detection(found):
-        lines.append(
+        said.append(
             f"{check.flipped:,} labels were flipped on purpose; low influence finds them with an ROC area of "
             f"{check.area:.3f} (s.e. {check.error:.3f}, DeLong), and {100 * check.precision:.1f} % of the lowest "
             f"{check.flipped:,} are flipped"
         )
+    lines = [textwrap.fill(line, width) for line in said]
     harmful = found.index[:top]
     for title, rows in (("most harmful", harmful), ("most helpful", found.index[::-1][:top])):
         figures = [f"{found.loc[row, 'mean']:+.3g}" for row in rows]

@@ -31,7 +31,7 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
     confidence, prediction = probabilities.max(1)
     correct = prediction == labels
     names = description.interface["classes"]
-    found = {
+    found: dict[str, Any] = {
         "split": split,
         "id": ids,
         "label": labels.numpy(),

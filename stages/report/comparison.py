@@ -56,13 +56,13 @@ def columns(group: Group, task: Any) -> list[Column]:
         column("method", lambda model: model.method or NOTHING, numeric=False),
         column("learnt from", lambda model: _origin(group, model), numeric=False),
         column("input", lambda model: _of(model.description, lambda found: task.size(found.interface))),
-        column("rows", lambda model: _of(model.description, lambda found: _rows(found.rows))),
         column(
             f"validation {label}", lambda model: _main(group, model, task, "validation"), band="validation", bold=True
         ),
         column(f"test {label}", lambda model: _main(group, model, task, "test"), band="test", bold=True),
         column("vs alone", lambda model: _against(group, model, task), band="test"),
         column("agrees", lambda model: _agrees(group, model, task), band="test"),
+        column("rows", lambda model: _of(model.description, lambda found: _rows(found.rows)), band="trained on"),
         column("params", lambda model: _of(model.description, lambda found: f"{found.parameters:,}"), band="cost"),
         column("weights", lambda model: _of(model.weights_bytes, size_text), band="cost"),
         column("ONNX", lambda model: _of(model.onnx_bytes, size_text), band="cost"),

@@ -185,7 +185,7 @@ svg .head { fill: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .9rem; }
 .charts figure, .sample { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   padding: .7rem .8rem; min-width: 0; }
-.charts svg { width: 100%; height: auto; }
+.charts figure > svg { width: 100%; height: auto; }
 .charts figcaption { font-size: .87rem; margin-bottom: .3rem; }
 .charts figcaption b { color: var(--text); }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 14.5rem), 1fr)); gap: .9rem; }

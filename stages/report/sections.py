@@ -11,7 +11,7 @@ from stages import paths
 from stages.report import charts
 from stages.report.comparison import NOTHING, main_metric, size_text
 from stages.report.page import Html, code, join, note, table, tag
-from stages.report.results import Group, Model
+from stages.report.results import PRETRAINED, Group, Model
 
 CLASSES_SHOWN = 20
 # The strongest shade of the heat table; text stays readable on it.
@@ -83,14 +83,17 @@ def curves(group: Group, task: Any) -> Html:
     )
     last = max(float(curve["step"].max()) for curve in found.values())
     drawn = []
-    for name in wanted:
-        series = {}
-        for number, curve in found.items():
-            if name in curve.columns and curve[name].notna().any():
-                known = curve[["step", name]].dropna()
-                series[number] = (known["step"].to_numpy(dtype=float), known[name].to_numpy(dtype=float))
-        if series:
-            drawn.append(_chart(name, series, last, group, task))
+    # What a pretrained model's loss is about is another question: it has charts of its own.
+    for pretrained in (False, True):
+        for name in wanted:
+            series = {}
+            for number, curve in found.items():
+                own = (group.models[number].role == PRETRAINED) == pretrained
+                if own and name in curve.columns and curve[name].notna().any():
+                    known = curve[["step", name]].dropna()
+                    series[number] = (known["step"].to_numpy(dtype=float), known[name].to_numpy(dtype=float))
+            if series:
+                drawn.append(_chart(name, series, last, group, task, f", {PRETRAINED}" * pretrained))
     said = "Losses as recorded every few steps; an axis whose labels grow by factors is logarithmic."
     return join(
         [
@@ -101,7 +104,15 @@ def curves(group: Group, task: Any) -> Html:
     )
 
 
-def _chart(name: str, series: dict[int, tuple[np.ndarray, np.ndarray]], last: float, group: Group, task: Any) -> Html:
+def _chart(
+    name: str,
+    series: dict[int, tuple[np.ndarray, np.ndarray]],
+    last: float,
+    group: Group,
+    task: Any,
+    of: str,
+) -> Html:
+    """One figure over training steps, of the models of `series` by number."""
     values = np.concatenate([values for _, values in series.values()])
     metric = task.METRICS.get(name.removeprefix("validation/"))
     if name.startswith("loss/"):
@@ -112,7 +123,7 @@ def _chart(name: str, series: dict[int, tuple[np.ndarray, np.ndarray]], last: fl
         scale, more = charts.linear(values), ""
     who = ", ".join(group.models[number].name for number in series)
     drawing = charts.lines(series, scale, charts.steps(last), f"{name} over training steps: {who}")
-    return tag("figure", tag("figcaption", tag("b", name), more), drawing)
+    return tag("figure", tag("figcaption", tag("b", name), of, more), drawing)
 
 
 def by_class(group: Group, figure: str, counted: str, said: str) -> Html:

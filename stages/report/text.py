@@ -11,7 +11,7 @@ from stages import paths
 from stages.influence import detection, influences, readable
 from stages.parameters.shared import Dataset
 from stages.report import charts, samples, sections
-from stages.report.page import Html, join, note, table, tag
+from stages.report.page import Html, code, join, note, table, tag
 from stages.report.results import CO_TRAINED, PRETRAINED, Group, Metric, Model
 
 METRICS = {
@@ -131,7 +131,8 @@ def _influence(model: Model, found: pd.DataFrame) -> Html:
             _extremes(found.head(EXTREMES)),
             tag("h4", "Most helpful"),
             _extremes(found[::-1].head(EXTREMES)),
-            tag("p", "All of them as a list for whoever cleans the data: ", tag("code", listed), class_="small soft"),
+            tag("p", "All of them as a list, for whoever cleans the data:", class_="small soft"),
+            code(listed),
         ]
     )
 

@@ -14,7 +14,10 @@ from data.errors import UserError
 from stages.command import errors_told
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("fetch", "prepare", "validate", "teach", "distill", "evaluate", "export", "latency", "parameters")
+STAGES = (
+    *("fetch", "prepare", "validate", "teach", "distill", "evaluate", "export"),
+    *("influence", "latency", "parameters"),
+)
 
 
 @pytest.mark.parametrize("stage", STAGES)
