@@ -27,9 +27,8 @@ def write(folder: Path, count: int = 90, classes: list[str] = CLASSES, **fields:
     for row in range(count):
         words = list(generator.choice(WORDS, generator.integers(3, 9)))
         words.insert(int(generator.integers(len(words) + 1)), CLASSES[row % len(classes)])
-        lines.append(
-            f"{' '.join(words)} {'x' * (row // 30 + 1)}{chr(97 + row % 30 % 26)}\t{classes[row % len(classes)]}"
-        )
+        number = "x" * (row // 26 + 1) + chr(97 + row % 26)  # no text stands there twice
+        lines.append(f"{' '.join(words)} {number}\t{classes[row % len(classes)]}")
     (folder / "raw").mkdir(parents=True)
     (folder / "raw" / "train.tsv").write_text("\n".join(lines))
     entry = {
