@@ -97,7 +97,7 @@ class Text(Task):
         return self._draw(context, "train")
 
     def held_out(self, context: Context) -> Views:
-        return self._draw(context, "held_out")
+        return self._draw(context, "held_out") if "held_out" in self._parts else super().held_out(context)
 
     def _draw(self, context: Context, stream: str) -> Views:
         tokens, labels, rows = context.draw(stream)
