@@ -317,18 +317,22 @@ def encode(
     """
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
+    # The library would keep what it cuts off, and of two long texts every combination: they are cut here.
     tokenizer.no_truncation()
-    inputs: list[Any] = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-    found = [one.ids for one in tokenizer.encode_batch(inputs)]
-    lengths = np.array([len(ids) for ids in found], dtype=np.int64)
-    tokenizer.enable_truncation(length, strategy="longest_first")
-    for index in np.flatnonzero(lengths > length):
-        (cut,) = tokenizer.encode_batch([inputs[index]])
-        found[index] = cut.ids
-    tokenizer.no_truncation()
-    tokens = np.full((len(inputs), length), tokenizer.token_to_id(PAD), dtype=np.int32)
-    for row, ids in zip(tokens, found, strict=True):
-        row[: len(ids)] = ids
+    start, separator = (tokenizer.token_to_id(name) for name in (START, SEPARATOR))
+    given = [texts] if pairs is None else [texts, pairs]
+    columns = [tokenizer.encode_batch(list(part), add_special_tokens=False) for part in given]
+    lengths = np.empty(len(texts), dtype=np.int64)
+    tokens = np.full((len(texts), length), tokenizer.token_to_id(PAD), dtype=np.int32)
+    for index, row in enumerate(zip(*columns, strict=True)):
+        parts = [one.ids for one in row]
+        lengths[index] = 1 + sum(len(part) + 1 for part in parts)
+        room = length - 1 - len(parts)
+        for left, part in zip(range(len(parts), 0, -1), sorted(parts, key=len), strict=True):
+            del part[room // left :]
+            room -= len(part)
+        ids = [start, *(token for part in parts for token in (*part, separator))]
+        tokens[index, : len(ids)] = ids
     return tokens, lengths
 
 
