@@ -301,7 +301,8 @@ class Learner(Method):
         with context.run.autocast():
             output = self._call(leaves, held_out.student)
         value = self._task.objective(output, held_out.target)
-        return _gradients(context, [value], leaves), value
+        # With its graph it would keep the virtual student.
+        return _gradients(context, [value], leaves), value.detach()
 
     def _teach(
         self,
