@@ -71,7 +71,7 @@ def teacher(classes: list[str] = CLASSES) -> tuple[nn.Module, Description]:
     network = schema.PSPNet.model_validate({**NETWORK, "width": 6}).model_dump(mode="json")
     torch.manual_seed(1)
     built = build({"network": network, "interface": interface}).eval()
-    return built, Description("big", "segmentation", "teacher", network, interface, {}, {}, None, [])
+    return built, Description("big", "segmentation", "teacher", network, interface, {}, {}, None, None, [])
 
 
 def steps(learner: Any, run: Run, count: int) -> dict[str, Tensor]:
@@ -228,7 +228,7 @@ def test_what_is_watched_is_what_is_evaluated(prepared: Path, run: Run, monkeypa
     found = task.monitor(network)
     monkeypatch.setattr("stages.teach.segmentation.PIXELS", 1)
     assert task.monitor(network) == pytest.approx(found)
-    description = Description("s", "segmentation", "student", task.network, task.interface, {}, {}, None, [])
+    description = Description("s", "segmentation", "student", task.network, task.interface, {}, {}, None, None, [])
     metrics = evaluate(network, description, prepared, "validation", schema.Task()).metrics
     assert {name: round(value, 6) for name, value in found.items()} == {name: metrics[name] for name in found}
 
@@ -260,7 +260,7 @@ def test_the_student_is_the_plain_network(prepared: Path, run: Run, tmp_path: Pa
     learner = kd.Learner(task, entry, run)
     steps(learner, run, 2)
     (tmp_path / "model").mkdir()
-    description = Description("s", "segmentation", "student", task.network, task.interface, {}, {}, None, [])
+    description = Description("s", "segmentation", "student", task.network, task.interface, {}, {}, None, None, [])
     save_model(tmp_path / "model", learner.student, description)
     loaded, _ = load_model(tmp_path / "model")
     images = torch.rand(2, 3, *SIZE).contiguous(memory_format=torch.channels_last)

@@ -55,7 +55,7 @@ def run() -> Run:
 def describe(prepared: Path, widths: list[int], classes: int = 3) -> Description:
     interface = {"classes": ["a", "b", "c"][:classes], "channels": 1, "resolution": 12, "mean": [0.3], "std": [0.3]}
     network = {"name": "resnet", "widths": widths, "blocks": 1, "embedding": None}
-    return Description("big", "recognition", "teacher", network, interface, {}, {}, None, [])
+    return Description("big", "recognition", "teacher", network, interface, {}, {}, None, None, [])
 
 
 def teacher(prepared: Path, widths: tuple[int, ...] = (6, 10), classes: int = 3) -> tuple[nn.Module, Description]:
@@ -220,7 +220,7 @@ def test_the_student_is_the_plain_network(method: str, prepared: Path, run: Run,
     plain = build({"network": task.network, "interface": task.interface})
     assert ours.student.state_dict().keys() == plain.state_dict().keys()
     assert not any(module._forward_hooks for module in ours.student.modules())
-    description = Description("s", "recognition", "student", task.network, task.interface, {}, {}, None, [])
+    description = Description("s", "recognition", "student", task.network, task.interface, {}, {}, None, None, [])
     save_model(tmp_path, ours.student, description)
     loaded, _ = load_model(tmp_path)
     loaded = loaded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
