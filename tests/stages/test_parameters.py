@@ -58,6 +58,7 @@ teachers:
     dataset: photos
     start: none
     from: {{file: model.pth, sha256: {DIGEST}, network: {{name: torchvision, model: resnet18}},
+            origin: {{name: x, licence: none, credit: nobody, redistributable: true}},
             mean: [0.4, 0.4, 0.4], std: [0.2, 0.2, 0.2]}}
 students:
   assistant:
@@ -465,7 +466,7 @@ def test_a_misspelt_key_is_answered_with_the_right_one(case: tuple[str, Keys, st
     above = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, path[:-1]))) + "."
     if len(path) == 1:
         assert f"{wrong}: unknown section; did you mean '{right}'?" in found
-    elif (len(path) == 3 and right in ("task", "kind", "method")) or path[-2:] == ("network", "name"):
+    elif (len(path) == 3 and right in ("task", "method")) or right == "kind" or path[-2:] == ("network", "name"):
         # Without these nobody can say which keys are known.
         assert any(line.startswith(f"{above}{right}: is missing") for line in found), found
     else:

@@ -288,7 +288,12 @@ def test_a_batch_larger_than_the_data_is_refused(prepared: Path, run: Run) -> No
 def outside(file: Path, digest: str, **fields: Any) -> schema.Teacher:
     network = {**NETWORK, "width": 6, **fields}
     return schema.Teacher.model_validate(
-        {"task": "segmentation", "dataset": "x", "from": {"file": str(file), "sha256": digest, "network": network}}
+        {
+            "task": "segmentation",
+            "dataset": "x",
+            "start": "none",
+            "from": {"file": str(file), "sha256": digest, "network": network},
+        }
     )
 
 
