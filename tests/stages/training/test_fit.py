@@ -146,7 +146,8 @@ def test_an_interrupted_training_leaves_the_same_files(
     data: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together(data, run)
-    whole = [tree_digest(folder) for folder in (paths.companions("text", "small"), paths.trained("text", "small"))]
+    folders = (paths.companions("text", "small"), paths.trained("text", "small"))
+    whole = [tree_digest(folder) for folder in folders]
     here(tmp_path / "resumed", data, monkeypatch)
     with pytest.raises(Stopped):
         together(data, run, stop=7)
