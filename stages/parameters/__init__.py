@@ -6,7 +6,7 @@ key is refused with the nearest known one.
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -156,19 +156,11 @@ def _read(kind: Any, entry: dict[str, Any], path: str, mistakes: list[str]) -> A
 
 
 def _sentence(kind: Any, entry: dict[str, Any], path: str, detail: Any) -> str:
-    """One line for one pydantic error. Tags of unions are no part of the path that a user wrote."""
-    steps: list[str | int] = []
-    value: Any = entry
-    tagged: Any = None
-    for index, step in enumerate(detail["loc"]):
-        last = index == len(detail["loc"]) - 1
-        if value is not tagged and isinstance(value, Mapping) and step in map(value.get, DISCRIMINATORS):
-            tagged = value  # the tag may also be the name of a key, as in `kind: url`
-        elif (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and isinstance(step, int)):
-            value = value[step]
-            steps.append(step)
-        elif last and detail["type"] == "missing":
-            steps.append(step)
+    """One line for one pydantic error."""
+    walk = list(_walk(entry, detail["loc"]))
+    steps = [step for step, role in walk if role == "key"]
+    if detail["type"] == "missing" and walk[-1][1] == "nothing":
+        steps.append(walk[-1][0])
     where = path + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
     got = detail["input"]
     match detail["type"]:
@@ -192,22 +184,34 @@ def _sentence(kind: Any, entry: dict[str, Any], path: str, detail: Any) -> str:
             return f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {got!r}"
 
 
+def _walk(entry: Any, location: tuple[Any, ...]) -> Iterator[tuple[Any, str]]:
+    """Every step of pydantic's location, and what it is there: a "key" that a user wrote, a "tag" of a union, which is
+    no part of a user's path, or "nothing" of both.
+    """
+    value: Any = entry
+    tagged: Any = None
+    for step in location:
+        if value is not tagged and isinstance(value, Mapping) and step in map(value.get, DISCRIMINATORS):
+            tagged = value  # the tag may also be the name of a key, as in `kind: url`
+            yield step, "tag"
+        elif (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and isinstance(step, int)):
+            value = value[step]
+            yield step, "key"
+        else:
+            yield step, "nothing"
+
+
 def _siblings(kind: Any, entry: Any, location: tuple[str | int, ...]) -> list[str]:
     """The keys that are known in the place of an unknown one."""
     models = _models(kind)
-    for step in location[:-1]:
-        tagged = [model for model in models if step in _tags(model)]
-        models = (
-            tagged
-            or [
-                inner
-                for model in models
-                for name, field in model.model_fields.items()
-                if step in (name, field.alias)
-                for inner in _models(field.annotation)
+    for step, role in list(_walk(entry, location))[:-1]:
+        if role == "tag":
+            models = [model for model in models if step in _tags(model)]
+        elif isinstance(step, str) and role == "key":
+            fields = [item for model in models for item in model.model_fields.items()]
+            models = [
+                inner for name, field in fields if step in (name, field.alias) for inner in _models(field.annotation)
             ]
-            or models
-        )
     return sorted({field.alias or name for model in models for name, field in model.model_fields.items()})
 
 

@@ -113,11 +113,13 @@ class Dataset(shared.Dataset):
         if self.format == "glue":
             if self.glue is None or self.folder is None:
                 raise ValueError("format 'glue' needs 'glue' (the task) and 'folder' (of the source, with its TSVs)")
-            if self.files is not None or self.classes is not None:
-                raise ValueError("format 'glue' takes no 'files' and no 'classes': the task says what they are")
+            if self.files is not None or self.classes is not None or "columns" in self.model_fields_set:
+                raise ValueError("format 'glue' takes no 'files', 'columns' and 'classes': the task says what they are")
             if self.split.test is not None:
                 raise ValueError("format 'glue' takes no 'split.test': the published dev split is the test split")
         else:
+            if self.glue is not None or self.folder is not None:
+                raise ValueError(f"format {self.format!r} takes no 'glue' and no 'folder'")
             if self.files is None:
                 raise ValueError(f"format {self.format!r} needs 'files' ('train' at least)")
             for name in ("validation", "test"):
@@ -125,6 +127,8 @@ class Dataset(shared.Dataset):
                     raise ValueError(f"needs either 'files.{name}' or 'split.{name}', how many are taken from 'train'")
         if self.format == "glue" and self.split.validation is None:
             raise ValueError("format 'glue' needs 'split.validation': how many are taken from the training file")
+        if self.format != "table" and "separator" in self.model_fields_set:
+            raise ValueError(f"format {self.format!r} takes no 'separator': its columns are separated by tabs")
         if (self.metric == "spearman") != (self.glue == "STS-B"):
             raise ValueError("metric 'spearman' is for scores, and goes with the GLUE task STS-B")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):

@@ -48,6 +48,7 @@ FRESH = Description(
     recipe={"method": "alone", "training": {"epochs": 3}},
     dataset={"name": "toy", "digest": "1" * 64},
     teacher=None,
+    start=None,
     sources=[{"name": "toy", "licence": "none", "credit": "nobody", "redistributable": True}],
 )
 

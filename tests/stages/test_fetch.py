@@ -397,6 +397,97 @@ def test_no_network_is_explained(wheel: Path) -> None:
     assert "is the network there" in message
 
 
+# Several parts
+
+
+def parts(source: Path, wheel: Path) -> list[dict[str, Any]]:
+    """A tree, a URL and two files of a wheel; each has what its kind needs and nothing else."""
+    file = source.parent / "vocab.txt"
+    file.write_text("[PAD]\n")
+    return [
+        {"kind": "folder", "path": str(source), "tree_digest": tree_digest(source)},
+        {"kind": "url", "url": file.as_uri(), "sha256": sha256(file)},
+        {"kind": "wheel", "wheels": [entry(sha256(wheel), "toy_data/one.csv", "toy_data/other/two.bin"), more(wheel)]},
+    ]
+
+
+def test_parts_of_several_kinds_come_into_one_folder(source: Path, wheel: Path) -> None:
+    declare(kind="parts", parts=parts(source, wheel))
+    everything = {
+        **contents(source),
+        "vocab.txt": b"[PAD]\n",
+        "one.csv": MEMBERS["toy_data/one.csv"],
+        "two.bin": b"\0\1",
+        "three.bin": b"3",
+    }
+    for _ in range(2):
+        fetch.main("toy")
+        assert contents(RAW / "toy") == everything
+        assert [path.name for path in RAW.iterdir()] == ["toy"]
+        assert sorted(path.name for path in (RAW / "toy").iterdir()) == sorted(
+            {name.partition("/")[0] for name in everything}
+        )
+
+
+def test_a_name_in_two_parts_is_refused(source: Path, wheel: Path) -> None:
+    """Also where one is a folder: nothing is laid over anything."""
+    for name in ("one.txt", "in ner"):
+        other = wheel.parent / "other" / name
+        if name == "one.txt":
+            other.parent.mkdir()
+        other.write_bytes(b"of another part")
+        second = {"kind": "folder", "path": str(other.parent), "tree_digest": tree_digest(other.parent)}
+        declare(kind="parts", parts=[*parts(source, wheel), second])
+        assert f"sources.toy.parts[3] holds a second file of the name {name!r}" in refused()
+        shutil.rmtree(RAW)
+        other.unlink()
+
+
+@pytest.mark.parametrize(
+    ("part", "path", "field"),
+    [
+        (0, ("tree_digest",), "parts[0].tree_digest"),
+        (1, ("sha256",), "parts[1].sha256"),
+        (2, ("wheels", 1, "sha256"), "parts[2].wheels[1].sha256"),
+    ],
+)
+def test_one_part_that_is_not_what_is_pinned_keeps_all_from_being_kept(
+    source: Path, wheel: Path, part: int, path: tuple[Any, ...], field: str
+) -> None:
+    found = parts(source, wheel)
+    place: Any = found[part]
+    for key in path[:-1]:
+        place = place[key]
+    right, place[path[-1]] = place[path[-1]], WRONG
+    declare(kind="parts", parts=found)
+    assert f"is not what sources.toy.{field} pins: wanted {WRONG}, got {right} · nothing was kept" in refused()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (0, {"path": "/no/such/folder"}, "does not exist · correct sources.toy.parts[0].path"),
+        (0, {"path": "$NO_SUCH_VARIABLE"}, "sources.toy.parts[0].path = '$NO_SUCH_VARIABLE' names the environment"),
+        (1, {"url": "file:///no/such/file"}, "could not be downloaded ("),
+        (1, {"url": "file:///no/such/file"}, "check sources.toy.parts[1].url and the network"),
+    ],
+)
+def test_a_part_that_is_not_there_is_named_by_its_path(
+    source: Path, wheel: Path, part: int, change: dict[str, str], message: str
+) -> None:
+    found = parts(source, wheel)
+    found[part].update(change)
+    declare(kind="parts", parts=found)
+    assert message in refused()
+
+
+def test_a_file_that_the_wheel_of_a_part_does_not_hold_is_named(source: Path, wheel: Path) -> None:
+    found = parts(source, wheel)
+    found[2]["wheels"][0]["files"] = ["toy_data/tow.bin"]
+    declare(kind="parts", parts=found)
+    assert "holds no 'toy_data/tow.bin' · correct sources.toy.parts[2].wheels[0].files" in refused()
+
+
 # The command line
 
 

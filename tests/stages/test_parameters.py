@@ -33,6 +33,9 @@ sources:
           licence: none, credit: nobody, redistributable: false}}
   tree: {{kind: folder, path: $DATA/images, tree_digest: {DIGEST},
           licence: none, credit: nobody, redistributable: false}}
+  several: {{kind: parts, licence: none, credit: nobody, redistributable: true,
+             parts: [{{kind: url, url: "https://example.org/b.zip", sha256: {DIGEST}}},
+                     {{kind: wheel, wheels: [{{package: other==2.0, files: [d.jpg], sha256: {DIGEST}}}]}}]}}
 datasets:
   digits:
     {{task: recognition, source: wheel, format: csv, file: b.csv, size: 28, channels: 1, classes: ["0", "1"],
@@ -45,6 +48,7 @@ teachers:
   large:
     task: recognition
     dataset: digits
+    start: none
     network: {{name: resnet, widths: [16, 32], blocks: 2, embedding: 8}}
     training: {{epochs: 2, batch: 8, learning_rate: 0.1, momentum: 0.5, weight_decay: 0.0, warmup: 0.2, clip: 1.0,
                 seed: 1, threads: 1, accelerator: cpu, devices: 1, precision: 64-true,
@@ -52,7 +56,9 @@ teachers:
   taken:
     task: recognition
     dataset: photos
+    start: none
     from: {{file: model.pth, sha256: {DIGEST}, network: {{name: torchvision, model: resnet18}},
+            origin: {{name: x, licence: none, credit: nobody, redistributable: true}},
             mean: [0.4, 0.4, 0.4], std: [0.2, 0.2, 0.2]}}
 students:
   assistant:
@@ -180,6 +186,9 @@ WRONG: list[tuple[str, Any, str]] = [
     ("exports.small.tolerence", 4, "unknown key; did you mean 'tolerance'?"),
     ("tasks.recognition.thread", 4, "unknown key; did you mean 'threads'?"),
     ("sources.file.urls", "x", "unknown key; did you mean 'url'?"),
+    ("sources.several.parts[0].urls", "x", "unknown key; did you mean 'url'?"),
+    ("sources.several.parts[1].wheels[0].file", "x", "unknown key; did you mean 'files'?"),
+    ("sources.several.parts[0].licence", "x", "unknown key; known: kind, sha256, url"),
     ("gates.recognition.detla", 0.1, "unknown key; did you mean 'delta'?"),
     ("gates.recognition.latency.budget", 1, "unknown key; did you mean 'budget_ms'?"),
     # Missing keys.
@@ -192,6 +201,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.small.task", ABSENT, "is missing; known: "),
     ("exports.small.task", ABSENT, "is missing; known: "),
     ("teachers.taken.from.sha256", ABSENT, "is missing"),
+    ("teachers.taken.start", ABSENT, "is missing"),
     ("sources.wheel.kind", ABSENT, "is missing"),
     ("sources.wheel.licence", ABSENT, "is missing"),
     ("datasets.digits.split.test", ABSENT, "is missing"),
@@ -248,6 +258,10 @@ WRONG: list[tuple[str, Any, str]] = [
     ("teachers.large.dataset", "nothing", "unknown data set 'nothing' of task recognition; known: digits, photos"),
     ("datasets.digits.source", "whel", "unknown source 'whel'; did you mean 'wheel'?"),
     ("sources.wheel.kind", "weel", "unknown kind 'weel'; did you mean 'wheel'?"),
+    ("sources.several.parts[0].kind", "parts", "unknown kind 'parts'; known: folder, url, wheel"),
+    ("teachers.large.start", "take", "unknown teacher 'take' of task recognition; did you mean 'taken'?"),
+    ("teachers.large.start", "single", "unknown teacher 'single' of task recognition; known: taken"),
+    ("teachers.large.start", "large", "a teacher cannot begin with itself"),
     ("students.small.task", "recognitoin", "unknown task 'recognitoin'; did you mean 'recognition'?"),
     ("students.small.task", ["a"], "unknown task ['a']; known: "),
     ("tasks.recogniton", {}, "unknown task 'recogniton'; did you mean 'recognition'?"),
@@ -452,7 +466,7 @@ def test_a_misspelt_key_is_answered_with_the_right_one(case: tuple[str, Keys, st
     above = re.sub(r"\.(\d+)", r"[\1]", ".".join(map(str, path[:-1]))) + "."
     if len(path) == 1:
         assert f"{wrong}: unknown section; did you mean '{right}'?" in found
-    elif (len(path) == 3 and right in ("task", "kind", "method")) or path[-2:] == ("network", "name"):
+    elif (len(path) == 3 and right in ("task", "method")) or right == "kind" or path[-2:] == ("network", "name"):
         # Without these nobody can say which keys are known.
         assert any(line.startswith(f"{above}{right}: is missing") for line in found), found
     else:

@@ -71,7 +71,7 @@ def teacher(classes: list[str] = CLASSES) -> tuple[nn.Module, Description]:
     network = schema.PSPNet.model_validate({**NETWORK, "width": 6}).model_dump(mode="json")
     torch.manual_seed(1)
     built = build({"network": network, "interface": interface}).eval()
-    return built, Description("big", "segmentation", "teacher", network, interface, {}, {}, None, [])
+    return built, Description("big", "segmentation", "teacher", network, interface, {}, {}, None, None, [])
 
 
 def steps(learner: Any, run: Run, count: int) -> dict[str, Tensor]:
@@ -228,7 +228,7 @@ def test_what_is_watched_is_what_is_evaluated(prepared: Path, run: Run, monkeypa
     found = task.monitor(network)
     monkeypatch.setattr("stages.teach.segmentation.PIXELS", 1)
     assert task.monitor(network) == pytest.approx(found)
-    description = Description("s", "segmentation", "student", task.network, task.interface, {}, {}, None, [])
+    description = Description("s", "segmentation", "student", task.network, task.interface, {}, {}, None, None, [])
     metrics = evaluate(network, description, prepared, "validation", schema.Task()).metrics
     assert {name: round(value, 6) for name, value in found.items()} == {name: metrics[name] for name in found}
 
@@ -260,7 +260,7 @@ def test_the_student_is_the_plain_network(prepared: Path, run: Run, tmp_path: Pa
     learner = kd.Learner(task, entry, run)
     steps(learner, run, 2)
     (tmp_path / "model").mkdir()
-    description = Description("s", "segmentation", "student", task.network, task.interface, {}, {}, None, [])
+    description = Description("s", "segmentation", "student", task.network, task.interface, {}, {}, None, None, [])
     save_model(tmp_path / "model", learner.student, description)
     loaded, _ = load_model(tmp_path / "model")
     images = torch.rand(2, 3, *SIZE).contiguous(memory_format=torch.channels_last)
@@ -286,10 +286,8 @@ def test_a_batch_larger_than_the_data_is_refused(prepared: Path, run: Run) -> No
 
 
 def outside(file: Path, digest: str, **fields: Any) -> schema.Teacher:
-    network = {**NETWORK, "width": 6, **fields}
-    return schema.Teacher.model_validate(
-        {"task": "segmentation", "dataset": "x", "from": {"file": str(file), "sha256": digest, "network": network}}
-    )
+    weights = {"file": str(file), "sha256": digest, "network": {**NETWORK, "width": 6, **fields}}
+    return schema.Teacher.model_validate({"task": "segmentation", "dataset": "x", "start": "none", "from": weights})
 
 
 def test_an_existing_model_is_taken_as_it_is(prepared: Path, run: Run, tmp_path: Path) -> None:
@@ -352,3 +350,45 @@ def test_an_encoder_takes_the_weights_of_torchvision(
         with pytest.raises(UserError, match=message):
             for_student(student(network=encoder(file, sha256(file)) | {"encoder": {
                 **encoder(file, sha256(file))["encoder"], **fields}}), prepared, run, None)  # fmt: skip
+
+
+# Beginning with another teacher
+
+
+def beginner(**fields: Any) -> schema.Teacher:
+    base = {"task": "segmentation", "dataset": "x", "start": "big", "training": TRAINING}
+    return schema.Teacher.model_validate({**base, "network": {**NETWORK, "width": 6, **fields}})
+
+
+def test_a_teacher_begins_with_the_weights_of_another(prepared: Path, run: Run) -> None:
+    first = teacher()
+    before = {key: value.clone() for key, value in first[0].state_dict().items()}
+    task = for_teacher(beginner(), prepared, run, first)
+    assert all(torch.equal(value, before[key]) for key, value in task.student.state_dict().items())
+    entry: Any = beginner()
+    steps(alone.Learner(task, entry, run), run, 2)
+    assert all(torch.equal(value, before[key]) for key, value in first[0].state_dict().items())
+    assert not all(torch.equal(value, before[key]) for key, value in task.student.state_dict().items())
+
+
+@pytest.mark.parametrize("classes", [["road", "car"], ["car", "road", "sky"]])
+@pytest.mark.parametrize("auxiliary", [3, None])
+def test_with_other_classes_it_keeps_heads_of_its_own(
+    prepared: Path, run: Run, classes: list[str], auxiliary: int | None
+) -> None:
+    """Also where only the other one has an auxiliary head."""
+    own = for_teacher(beginner(auxiliary=auxiliary), prepared, run).student.state_dict()
+    first = teacher(classes)
+    found = for_teacher(beginner(auxiliary=auxiliary), prepared, run, first).student.state_dict()
+    heads = {key for key in found if key.startswith(("head.", "auxiliary."))}
+    assert heads
+    assert len(heads) < len(found) / 2
+    for key, value in found.items():
+        assert torch.equal(value, own[key] if key in heads else first[0].state_dict()[key]), key
+
+
+def test_a_teacher_of_another_shape_is_no_beginning(prepared: Path, run: Run) -> None:
+    with pytest.raises(UserError) as caught:
+        for_teacher(beginner(width=5), prepared, run, teacher())
+    assert str(caught.value).startswith("`start`: the network of 'big' is another:\n  ")
+    assert ": (6, 8, 1, 1) in the file, (5, 8, 1, 1) in the network" in str(caught.value)

@@ -96,7 +96,7 @@ class Dense(Task):
     def optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
-    def schedule(self, steps: int) -> Callable[[int], float]:
+    def schedule(self, steps: int, learning_rate: float | None = None) -> Callable[[int], float]:
         return lambda count: 0.05 * (1 - count / steps)
 
     def monitor(self, network: nn.Module) -> Mapping[str, float]:

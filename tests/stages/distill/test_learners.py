@@ -55,7 +55,7 @@ def run() -> Run:
 def describe(prepared: Path, widths: list[int], classes: int = 3) -> Description:
     interface = {"classes": ["a", "b", "c"][:classes], "channels": 1, "resolution": 12, "mean": [0.3], "std": [0.3]}
     network = {"name": "resnet", "widths": widths, "blocks": 1, "embedding": None}
-    return Description("big", "recognition", "teacher", network, interface, {}, {}, None, [])
+    return Description("big", "recognition", "teacher", network, interface, {}, {}, None, None, [])
 
 
 def teacher(prepared: Path, widths: tuple[int, ...] = (6, 10), classes: int = 3) -> tuple[nn.Module, Description]:
@@ -220,7 +220,7 @@ def test_the_student_is_the_plain_network(method: str, prepared: Path, run: Run,
     plain = build({"network": task.network, "interface": task.interface})
     assert ours.student.state_dict().keys() == plain.state_dict().keys()
     assert not any(module._forward_hooks for module in ours.student.modules())
-    description = Description("s", "recognition", "student", task.network, task.interface, {}, {}, None, [])
+    description = Description("s", "recognition", "student", task.network, task.interface, {}, {}, None, None, [])
     save_model(tmp_path, ours.student, description)
     loaded, _ = load_model(tmp_path)
     loaded = loaded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -288,6 +288,7 @@ def outside(file: Path, digest: str, **network: Any) -> schema.Teacher:
         {
             "task": "recognition",
             "dataset": "x",
+            "start": "none",
             "from": {"file": str(file), "sha256": digest, "network": {**NETWORK, **network}},
         }
     )
@@ -314,3 +315,34 @@ def test_an_existing_model_is_taken_as_it_is(prepared: Path, run: Run, tmp_path:
         for_teacher(wrong, prepared, run)
     with pytest.raises(UserError, match="is not what is pinned"):
         for_teacher(outside(file, "0" * 64, widths=[6, 10]), prepared, run)
+
+
+def beginner(**network: Any) -> schema.Teacher:
+    base = {"task": "recognition", "dataset": "x", "start": "big", "training": TRAINING}
+    return schema.Teacher.model_validate({**base, "network": {**NETWORK, "widths": [6, 10], **network}})
+
+
+def test_a_teacher_begins_with_the_weights_of_another(prepared: Path, run: Run) -> None:
+    first = teacher(prepared)
+    before = weights(first[0])
+    task = for_teacher(beginner(), prepared, run, first)
+    assert equal(weights(task.student), before)
+    entry: Any = beginner()
+    steps(alone.Learner(task, entry, run), run, 2)
+    assert equal(weights(first[0]), before)
+    assert not equal(weights(task.student), before)
+
+
+def test_with_other_classes_it_keeps_a_classifier_of_its_own(prepared: Path, run: Run) -> None:
+    own = for_teacher(beginner(), prepared, run).student.state_dict()
+    first = teacher(prepared, classes=2)
+    found = for_teacher(beginner(), prepared, run, first).student.state_dict()
+    for key, value in found.items():
+        assert torch.equal(value, own[key] if key.startswith("classifier.") else first[0].state_dict()[key]), key
+
+
+def test_a_teacher_of_another_shape_is_no_beginning(prepared: Path, run: Run) -> None:
+    with pytest.raises(UserError) as caught:
+        for_teacher(beginner(widths=[6, 12]), prepared, run, teacher(prepared))
+    assert str(caught.value).startswith("`start`: the network of 'big' is another:\n  ")
+    assert "stages.1.conv1.weight: (10, 6, 3, 3) in the file, (12, 6, 3, 3) in the network" in str(caught.value)
