@@ -46,7 +46,7 @@ def trained(task: str, model: str) -> Path:
 
 
 def companions(task: str, student: str) -> Path:
-    """What a method trained beside the student: models in folders of their own, and tables. Empty for most methods."""
+    """What a method trained beside the student: models in folders of their own, and tables. None for most methods."""
     return Path("models/companions") / task / student
 
 

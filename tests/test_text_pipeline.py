@@ -73,7 +73,8 @@ def test_teacher_and_student_are_outputs_of_their_own(project: Project) -> None:
         assert figures(project, f"{name}.teacher")["test"]["accuracy"] > 0
     for name in ("alone", "kd"):
         assert not companion(project, name).exists()
-        assert not list(project.path(f"models/companions/text/text-{name}").iterdir())
+        beside = project.path(f"models/companions/text/text-{name}")
+        assert [path.name for path in beside.iterdir()] == ["contents.json"]
 
 
 def test_who_holds_out_uses_fewer_rows(project: Project) -> None:

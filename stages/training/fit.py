@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from data.errors import UserError
-from data.files import digest, new_directory, sha256
+from data.files import digest, new_directory, sha256, write_json
 from models.artifacts import Description, save_model
 from stages import paths
 from stages.code import code_digest
@@ -153,8 +153,11 @@ def _write_companions(student: Description, learner: Method, teacher: Descriptio
                 rows={stream: data.size for stream, data in learner.streams.items()},
             )
             save_model(output / name, network, description)
-        for name, table in learner.tables().items():
+        tables = learner.tables()
+        for name, table in tables.items():
             table.to_csv(output / f"{name}.csv", index=False, lineterminator="\n")
+        # DVC warns of an output that is an empty folder.
+        write_json(output / "contents.json", {"models": list(learner.companions), "tables": list(tables)})
 
 
 def _write(description: Description, network: nn.Module, record: Path) -> None:
