@@ -85,7 +85,7 @@ def test_sound_data_pass() -> None:
     assert PROOF.is_file()
 
 
-def test_sound_pairs_and_scores_pass() -> None:
+def test_pairs_with_scores_are_sound_but_for_the_scores_that_nobody_gave() -> None:
     files.write_glue_task(Path("data/raw/toy"), "STS-B")
     build()
     raw = yaml.safe_load(Path("params.yaml").read_text())
