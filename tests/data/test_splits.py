@@ -28,7 +28,7 @@ def in_proportion(counts: dict[int, int], wanted: int) -> dict[int, int]:
     return take
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(LABELS, NUMBERS, st.integers(0, 2**31))
 def test_a_split_is_exact_in_proportion_and_repeatable(labels: np.ndarray, numbers: list[int], seed: int) -> None:
     wanted = dict(zip(NAMES, numbers, strict=False))

@@ -114,7 +114,7 @@ def test_a_file_of_another_task_is_no_file_of_this_one(tmp_path: Path) -> None:
 CELLS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\ufeff"), max_size=12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1, max_size=6), st.booleans(), st.booleans())
 def test_a_csv_is_read_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]], everything: bool, bom: bool
@@ -137,7 +137,7 @@ def test_a_csv_is_read_as_it_was_written(
 LETTERS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\t\n\r\ufeff"), min_size=1)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=6), st.sampled_from(["\n", "\r\n"]), st.booleans())
 def test_in_a_tsv_quotes_are_letters_like_any_other(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], end: str, last: bool

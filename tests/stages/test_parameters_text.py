@@ -295,7 +295,7 @@ def known_keys(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ..
 PLACES = list(known_keys(yaml.safe_load(FULL)))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.sampled_from(PLACES), st.data())
 def test_a_misspelt_key_is_answered_with_the_right_one(file: Path, path: tuple[Any, ...], drawn: st.DataObject) -> None:
     right = str(path[-1])
