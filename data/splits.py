@@ -19,19 +19,20 @@ def split(labels: np.ndarray, wanted: Mapping[str, int], seed: int) -> np.ndarra
         UserError: more samples are held back than there are, or a class is left without a training sample.
     """
     total, together = len(labels), " + ".join(f"split.{name}" for name in wanted)
-    if sum(wanted.values()) >= total:
-        raise UserError(f"{together} = {sum(wanted.values())}, but there are only {total} samples")
+    number = sum(wanted.values())
+    if number >= total:
+        raise UserError(f"{together} = {number}, but there are only {total} samples · lower them, or take more samples")
     result = np.full(total, TRAIN, dtype=object)
     generator = np.random.default_rng(seed)
     order = generator.permutation(total)
-    for name, number in wanted.items():
+    for name, amount in wanted.items():
         free = order[result[order] == TRAIN]
         values, counts = np.unique(labels[free], return_counts=True)
-        take, remainder = np.divmod(number * counts, counts.sum())
+        take, remainder = np.divmod(amount * counts, counts.sum())
         # The largest remainders get what rounding down left over; ties go to the lower label.
-        take[np.argsort(-remainder, kind="stable")[: number - take.sum()]] += 1
-        for value, amount in zip(values, take, strict=True):
-            result[free[labels[free] == value][:amount]] = name
+        take[np.argsort(-remainder, kind="stable")[: amount - take.sum()]] += 1
+        for value, some in zip(values, take, strict=True):
+            result[free[labels[free] == value][:some]] = name
     if lost := sorted(set(labels) - set(labels[result == TRAIN])):
         raise UserError(
             f"labels {[int(label) for label in lost]} have no sample left for training: too few samples for "

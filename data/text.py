@@ -5,9 +5,9 @@ A prepared data set is a folder:
     tokens.npy      (N, length) int32: the start token, a text and the separator, for pairs the second text and another
                     separator, then padding
     labels.npy      (N,) int64, an index into the classes
-    manifest.csv    a row per sample: id, split, label, length in tokens before it was cut, sha256 of the normalised
-                    text, the text itself; `pair`, the second text of pairs; `score` where labels are rounded scores;
-                    `flipped`, 1 where the label was changed on purpose
+    manifest.csv    a row per sample: id, split, label, length in tokens before it was cut, sha256 of the
+                    words of the normalised text, the text itself; `pair`, the second text of pairs; `score` where
+                    labels are rounded scores; `flipped`, 1 where the label was changed on purpose
     tokenizer.json  normaliser, vocabulary and template, as the library tokenizers keeps them
     dataset.json    classes, length, vocabulary and special tokens, metric, samples per split, what was dropped and cut
 """
@@ -350,10 +350,12 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
         output: an existing empty folder. provenance: what dataset.json says of the source.
     """
     tables, classes = read(raw, dataset)
-    normaliser = _blank(_no_model(), dataset.tokenizer.normalise).normalizer
+    if dataset.metric == "f1" and len(classes) > 2:
+        raise UserError(f"metric 'f1' is for two classes, there are {len(classes)} · set `metric: macro_f1`")
+    blank = _blank(_no_model(), dataset.tokenizer.normalise)
     for part, table in tables.items():
         table.insert(0, "id", [f"{part}-{row:06d}" for row in table.pop("row")])
-        table["sha256"] = _content(table, normaliser)
+        table["sha256"] = _content(table, blank)
     dropped = {"broken": sum(table.attrs.get("broken", 0) for table in tables.values())}
     train = tables.pop(TRAIN)
     elsewhere = {content for table in tables.values() for content in table["sha256"]}
@@ -410,10 +412,15 @@ def _no_model() -> Any:
     return models.WordPiece(unk_token=UNKNOWN)
 
 
-def _content(table: pd.DataFrame, normaliser: Any) -> list[str]:
-    """sha256 of each normalised text, and of its pair."""
+def _content(table: pd.DataFrame, blank: "Tokenizer") -> list[str]:
+    """sha256 of the words of each text, and of its pair: what makes two of them the same to every vocabulary."""
     parts = [table[name] for name in ("text", "pair") if name in table]
-    texts = ("\x1f".join(normaliser.normalize_str(text) for text in row) for row in zip(*parts, strict=True))
+
+    def words(text: str) -> str:
+        found = blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(text))
+        return " ".join(word for word, _ in found)
+
+    texts = ("\x1f".join(map(words, row)) for row in zip(*parts, strict=True))
     return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
 

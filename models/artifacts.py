@@ -50,8 +50,8 @@ class Description:
     recipe: dict[str, Any]
     dataset: dict[str, str]
     teacher: dict[str, str] | None
-    start: dict[str, str] | None
     sources: list[dict[str, Any]]
+    start: dict[str, str] | None = None
     rows: dict[str, int] = field(default_factory=dict)
     parameters: int = 0
     weights_sha256: str = ""

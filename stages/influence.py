@@ -119,12 +119,16 @@ def roc_area(values: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
 def readable(sample: pd.Series, most: int) -> str:
     """The text of a sample, or both of a pair, in one line of at most `most` characters that can be printed."""
     parts = [str(sample[name]) for name in ("text", "pair") if name in sample and not pd.isna(sample[name])]
-    plain = " | ".join(parts) or str(sample["id"])
-    line = " ".join("".join(sign if sign.isprintable() else " " for sign in plain).split())
+    line = _printable(" | ".join(parts) or str(sample["id"]))
     if len(line) <= most:
         return line
     space = line.rfind(" ", most - WORD, most)
     return line[: space if space > 0 else most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _printable(text: str) -> str:
+    """In one line, without what a terminal would take for a command."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
 def main(key: str, top: int = TOP, export: Path | None = None) -> None:
@@ -156,7 +160,7 @@ def _others(parameters: Parameters) -> str:
 def _text(key: str, entry: Student, found: pd.DataFrame, top: int) -> str:
     width = max(shutil.get_terminal_size((USUAL_WIDTH, 0)).columns, NARROWEST)
     marked = found.get("flipped", pd.Series(0, index=found.index)) == 1
-    labels = [name + " (flipped)" * mark for name, mark in zip(found["class"], marked, strict=True)]
+    labels = [_printable(name) + " (flipped)" * mark for name, mark in zip(found["class"], marked, strict=True)]
     said = [
         f"{key} ({entry.method} on {entry.dataset}): influence of {len(found):,} training samples",
         f"{100 * (found['mean'] < 0).mean():.1f} % have a negative influence: steps on them harm held-out samples",

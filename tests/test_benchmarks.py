@@ -55,6 +55,17 @@ def test_rows_differ_in_their_method_alone(file: Path) -> None:
             assert "alone" in {row.method for row in alike}
 
 
+@pytest.mark.parametrize("file", SIZES, ids=lambda path: path.stem)
+def test_teachers_of_texts_read_what_their_students_read(file: Path) -> None:
+    parameters = load(file)
+    models = {**parameters.teachers, **parameters.students}
+    for student in parameters.students.values():
+        if student.task == "text" and student.teacher != "none":
+            ours, theirs = (parameters.datasets[x.dataset] for x in (student, models[student.teacher]))
+            assert ours.length == theirs.length  # type: ignore[attr-defined]
+            assert ours.tokenizer == theirs.tokenizer  # type: ignore[attr-defined]
+
+
 def test_nothing_of_it_shows_at_the_root() -> None:
     from dvc.repo import Repo
 

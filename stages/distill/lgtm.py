@@ -201,10 +201,11 @@ def changes_in_training(network: nn.Module) -> bool:
 class Learner(Method):
     """Teacher and student learn together, in the order of the card, 3.4.
 
-    One backward pass of the teacher serves both terms of its gradient. Where train mode and eval mode are the same for
-    both networks, and with `dropout: shared`, one pass of each network over the training batch serves everything
+    One backward pass of the teacher serves both terms of its gradient where train mode and eval mode are the same for
+    both networks, and with `dropout: shared`; then one pass of each network over the training batch serves everything
     before the teacher's update, and the student's also its own update. With dropout as in the official code the teacher
-    runs once more for the influence, and the student once more for its update.
+    runs once more for the influence, forward and backward, and the student once more for its update. Where a relative
+    scale is measured, both terms have a backward pass of their own.
 
     Every pass with random numbers has its own seed: the same masks are drawn whether there is an influence or not. The
     perturbed students run in float32 also with mixed precision, whose rounding is larger than the perturbation. They
@@ -290,7 +291,7 @@ class Learner(Method):
 
     def _direction(self, loss: Tensor, held_out: Views, context: Context) -> tuple[list[Tensor | None], Tensor]:
         """v, and the held-out loss: at the student that a step on this loss would make (card 3.4, steps 3 and 5)."""
-        gradients = _gradients(context, [loss], self._weights["student"], retain=self._reuse)
+        gradients = context.gradient(loss, self._weights["student"], retain=self._reuse)
         if "student" in self.clip:
             _clip(gradients, self.clip["student"])
         rate = self.schedules["student"](context.counts["student"])
@@ -302,7 +303,7 @@ class Learner(Method):
             output = self._call(leaves, held_out.student)
         value = self._task.objective(output, held_out.target)
         # With its graph it would keep the virtual student.
-        return _gradients(context, [value], leaves), value.detach()
+        return context.gradient(value, leaves), value.detach()
 
     def _teach(
         self,
@@ -313,6 +314,9 @@ class Learner(Method):
         context: Context,
     ) -> dict[str, Tensor]:
         """The teacher's update, with influence (card 3.4, steps 6 and 7).
+
+        `influence/logit_ratio` is the norm of the influence term over that of the teacher's own, both as gradients over
+        its logits; over its weights the two take another backward pass, which `influence_scale.ratio` is measured by.
 
         Args:
             auxiliary: the teacher's own loss, of these logits.
@@ -342,7 +346,7 @@ class Learner(Method):
             "influence/norm": found.new_tensor(norm),
             "influence/epsilon": found.new_tensor(epsilon),
             "influence/scale": found.new_tensor(scale),
-            "influence/ratio": torch.where(own > 0, scale * cotangent.norm() / own, 0),
+            "influence/logit_ratio": torch.where(own > 0, scale * cotangent.norm() / own, 0),
         }
 
     def _motion(self, direction: Sequence[Tensor | None], epsilon: float, logits: Tensor, view: Any) -> Motion:
@@ -387,8 +391,8 @@ class Learner(Method):
             factor = self._factor
         else:
             weights = self._weights["teacher"]
-            own = _gradients(context, [auxiliary], weights, retain=True)
-            other = _gradients(context, [logits], weights, [cotangent])
+            own = context.gradient(auxiliary, weights, retain=True)
+            other = context.gradient(logits, weights, [cotangent])
             norms = [float(nn.utils.get_total_norm([g for g in part if g is not None])) for part in (own, other)]
             if norms[1]:
                 self._factor = scale.ratio * norms[0] / norms[1]
@@ -423,22 +427,6 @@ class Learner(Method):
     def _reseed(self, name: str) -> None:
         if self._seeds:
             torch.manual_seed(self._seeds[name])
-
-
-def _gradients(
-    context: Context,
-    outputs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    cotangents: Sequence[Tensor] | None = None,
-    *,
-    retain: bool = False,
-) -> list[Tensor | None]:
-    """Averaged over processes; None for a weight that the outputs do not depend on, which an update leaves alone."""
-    found: list[Tensor | None] = list(
-        torch.autograd.grad(outputs, weights, cotangents, retain_graph=retain, allow_unused=True)
-    )
-    context.run.mean_([gradient for gradient in found if gradient is not None])
-    return found
 
 
 def _clip(gradients: Sequence[Tensor | None], limit: float) -> None:

@@ -249,7 +249,8 @@ def _contradictions(parameters: Parameters) -> list[str]:
                 f"{suggest(model.dataset, known)}"
             )
         else:
-            pairs = schema(model.task).conflicts(model, parameters.datasets[model.dataset])
+            teacher = everything.get(model.teacher) if isinstance(model, Student) else None
+            pairs = schema(model.task).conflicts(model, parameters.datasets[model.dataset], teacher)
             mistakes.extend(f"{path}.{field}: {what}" for field, what in pairs)
         if isinstance(model, Teacher):
             others = [key for key, other in parameters.teachers.items() if other.task == model.task and key != name]

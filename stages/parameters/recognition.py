@@ -190,8 +190,10 @@ class Gates(shared.Gates):
     metric: Literal["top_1", "recall_at_1"] = "top_1"
 
 
-def conflicts(model: Teacher | AnyStudent, dataset: Dataset) -> list[tuple[str, str]]:
-    """Contradictions between a model and its data set, as (field of the model, what is wrong)."""
+def conflicts(
+    model: Teacher | AnyStudent, dataset: Dataset, teacher: shared.Teacher | shared.Student | None
+) -> list[tuple[str, str]]:
+    """Contradictions between a model, its data set and its teacher, as (field of the model, what is wrong)."""
     if isinstance(model, AnyStudent) and model.resolution > dataset.size:
         return [
             (

@@ -361,8 +361,10 @@ class Gates(shared.Gates):
     metric: Literal["miou", "pixel_accuracy"] = "miou"
 
 
-def conflicts(model: Teacher | AnyStudent, dataset: Dataset) -> list[tuple[str, str]]:
-    """Contradictions between a model and its data set, as (field of the model, what is wrong)."""
+def conflicts(
+    model: Teacher | AnyStudent, dataset: Dataset, teacher: shared.Teacher | shared.Student | None
+) -> list[tuple[str, str]]:
+    """Contradictions between a model, its data set and its teacher, as (field of the model, what is wrong)."""
     crop = model.training.augment.crop
     if crop is not None and (crop[0] > dataset.size[0] or crop[1] > dataset.size[1]):
         return [

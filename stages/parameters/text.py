@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from stages.parameters import shared
 from stages.parameters.shared import Count, Positive, Rate, Real, Section, Sha256, Share, Weight, Whole
@@ -32,7 +32,7 @@ class Split(Section):
     """What is taken from the training file, from every class in proportion.
 
     `validation` and `test` are numbers of samples, for data without files of their own. `held_out` is the share of what
-    is then left that methods with a held-out loss do not train on; all others do.
+    is then left that students with a held-out loss do not train on; all other students do, and so do all teachers.
     """
 
     validation: Positive | None = None
@@ -49,7 +49,7 @@ class Flip(Section):
 
 
 class WordPiece(Section):
-    """A vocabulary that is learnt from the training split.
+    """A vocabulary that is learnt from the texts that are trained on, held-out ones included.
 
     `normalise: letters` makes lower-case words of a to z: accents are taken off, and whatever else there is becomes a
     space. `bert` lowers case, takes off accents and keeps punctuation and digits as tokens.
@@ -131,6 +131,11 @@ class Dataset(shared.Dataset):
             raise ValueError(f"format {self.format!r} takes no 'separator': its columns are separated by tabs")
         if (self.metric == "spearman") != (self.glue == "STS-B"):
             raise ValueError("metric 'spearman' is for scores, and goes with the GLUE task STS-B")
+        several = len(self.classes or ()) > 2 or (self.glue or "").startswith("MNLI")
+        if self.metric == "f1" and several:
+            raise ValueError("metric 'f1' is for two classes: 'macro_f1' is its mean over several")
+        if self.flip is not None and self.glue == "STS-B":
+            raise ValueError("'flip' changes labels, and STS-B has scores")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("'classes' names a class twice")
         return self
@@ -183,8 +188,9 @@ class Outside(shared.Outside):
 
 
 class Teacher(shared.Teacher):
-    """`objective: task` trains on labels, `mlm` on masked tokens of the training split, its classifier left at zero;
-    `none` takes an existing encoder (`from`) as it is. `start` names another teacher, whose weights it begins with.
+    """`objective: task` trains on labels, `mlm` on masked tokens, its classifier left at zero; `none` takes an existing
+    encoder (`from`) as it is. `start` names another teacher, whose weights it begins with. Texts that students hold out
+    are among those that teachers train on.
 
     `masked` is the share of tokens that `mlm` asks for.
     """
@@ -204,6 +210,8 @@ class Teacher(shared.Teacher):
     def _trained_or_taken(self) -> "Teacher":
         if (self.network is None) == (self.outside is None):
             raise ValueError("needs either 'network' (it is trained here) or 'from' (existing weights)")
+        if "masked" in self.model_fields_set and self.objective != "mlm":
+            raise ValueError("'masked' goes with objective 'mlm'")
         if (self.objective == "none") != (self.outside is not None):
             raise ValueError("'from' goes with objective 'none'; to train it further, name it as another's 'start'")
         if self.outside is not None and ("training" in self.model_fields_set or self.start != "none"):
@@ -277,12 +285,27 @@ class Relative(Section):
     every: Positive = 1
 
 
+def _kind(value: object) -> str:
+    return "word" if isinstance(value, str) else "mapping" if isinstance(value, dict | Relative) else "number"
+
+
+# Told apart by their type, so that a mistake is one mistake.
+Scale = Annotated[
+    Annotated[Literal["teacher_lr", "student_lr"], Tag("word")]
+    | Annotated[Weight, Tag("number")]
+    | Annotated[Relative, Tag("mapping")],
+    Discriminator(_kind),
+]
+
+
 class LGTM(AnyStudent):
     """Teacher and student learn together; the teacher's gradient has a term that fits its soft labels to the student.
 
-    The student's loss is `alpha` soft labels + (1 - alpha) labels, the teacher's `teacher_alpha` soft labels of the
-    student + (1 - teacher_alpha) labels. The influence term is multiplied by `influence_scale`: a learning rate, a
-    number, or relative to the other term; with 0 the method is online distillation (ProKT).
+    The student's loss is `alpha` soft labels at `temperature` + (1 - alpha) labels, the teacher's `teacher_alpha` soft
+    labels of the student + (1 - teacher_alpha) labels. `teacher_learning_rate` is the student's by default.
+    `zero_heads` sets both classifiers to zero before they learn, as the official code does: the teacher is an encoder
+    that has not learnt the task. The influence term is multiplied by `influence_scale`: a learning rate, a number, or
+    relative to the other term; with 0 the method is online distillation (ProKT).
     `influence_loss` is the loss whose influence counts: of the teacher (official code) or of the student (the true
     bilevel direction). `influence_form` is a central difference of `influence_radius`, or the exact derivative.
     `dropout: official` draws new masks for every pass and none for the influence; `shared` has one mask for all passes
@@ -295,7 +318,7 @@ class LGTM(AnyStudent):
     alpha: Share = 1.0
     teacher_alpha: Share = 0.4
     teacher_learning_rate: Rate | None = None
-    influence_scale: Literal["teacher_lr", "student_lr"] | Weight | Relative = "teacher_lr"
+    influence_scale: Scale = "teacher_lr"
     influence_loss: Literal["teacher_kl", "student_kl"] = "teacher_kl"
     influence_form: Literal["difference", "exact"] = "difference"
     influence_radius: Rate = 0.01
@@ -337,16 +360,37 @@ class Gates(shared.Gates):
     metric: Literal["accuracy", "macro_f1", "f1", "matthews", "spearman"] = "accuracy"
 
 
-def conflicts(model: Teacher | AnyStudent, dataset: Dataset) -> list[tuple[str, str]]:
-    """Contradictions between a model and its data set, as (field of the model, what is wrong)."""
+def conflicts(
+    model: Teacher | AnyStudent, dataset: Dataset, teacher: shared.Teacher | shared.Student | None
+) -> list[tuple[str, str]]:
+    """Contradictions between a model, its data set and its teacher, as (field of the model, what is wrong)."""
+    found = []
     outside = isinstance(model, Teacher) and model.outside is not None
     network = model.outside.network if isinstance(model, Teacher) and model.outside is not None else model.network
     if network is not None and network.positions is not None and network.positions < dataset.length:
-        return [
+        field = "from.network.positions" if outside else "network.positions"
+        found.append(
             (
-                "from.network.positions" if outside else "network.positions",
+                field,
                 f"must be at least the length of its texts, datasets.{model.dataset}.length = {dataset.length}, "
                 f"got {network.positions}",
             )
-        ]
-    return []
+        )
+    learnt = isinstance(teacher, Teacher) and not teacher.pretrained
+    if isinstance(model, KD) and isinstance(teacher, Teacher) and not learnt:
+        found.append(
+            (
+                "teacher",
+                f"{model.teacher!r} has objective {teacher.objective!r}: it has not learnt the task, and its answers "
+                "would teach nothing; name one with objective 'task'",
+            )
+        )
+    if isinstance(model, LGTM) and learnt and "zero_heads" not in model.model_fields_set:
+        found.append(
+            (
+                "zero_heads",
+                f"teacher {model.teacher!r} has learnt the task, and would lose its classifier; set it to false, "
+                "or to true if that is meant",
+            )
+        )
+    return found

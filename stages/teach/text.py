@@ -72,7 +72,7 @@ class Text(Task):
         self.student = self._place(models.build({"network": self.network, "interface": self.interface}))
         self.teacher = None
         if teacher is not None:
-            require_same_question(teacher[1], description, prepared, ("classes", "length", "tokenizer_sha256"))
+            require_same_question(teacher[1], description, prepared, ("classes", "length", "pair", "tokenizer_sha256"))
             self.teacher = self._place(teacher[0])
         self.steps = self.steps_per_epoch = 0
         if trains:
@@ -293,7 +293,7 @@ def for_teacher(entry: Teacher, prepared: Path, run: Run, start: Taught | None =
     masked = entry.masked if entry.objective == "mlm" else None
     task = Text(prepared, cast(Bert, entry.network), entry.training, run, masked=masked)
     if start is not None:
-        require_same_question(start[1], data.describe(prepared), prepared, ("tokenizer_sha256",))
+        require_same_question(start[1], data.describe(prepared), prepared, ("tokenizer_sha256",), "start")
         begin_with(task.student, start, task.interface["classes"], HEAD)
     return task
 

@@ -58,11 +58,13 @@ def require_same_question(
     dataset: Mapping[str, Any],
     prepared: Path,
     fields: tuple[str, ...] = ("classes", "channels"),
+    what: str = "teacher",
 ) -> None:
     """A teacher and a data set have to agree in classes and in what goes in.
 
     Args:
         dataset: dataset.json of the folder `prepared`. fields: of it, and of the teacher's interface.
+        what: the field of params.yaml that names the teacher.
 
     Raises:
         UserError: they do not.
@@ -72,8 +74,8 @@ def require_same_question(
         if theirs != ours:
             counts = f"{len(theirs)} against {len(ours)} classes: " if field == "classes" else ""
             raise UserError(
-                f"teacher {teacher.name!r} and the student's data set {prepared.name!r} differ in {field}: "
-                f"{counts}{theirs} and {ours} · choose a teacher that was made for this data set"
+                f"{what} {teacher.name!r} and the data set {prepared.name!r} differ in {field}: "
+                f"{counts}{theirs} and {ours} · choose one that was made for this data set"
             )
 
 

@@ -115,14 +115,24 @@ class Context:
         return [tensor.to(self.run.device, non_blocking=True) for tensor in batch]
 
     def gradient(
-        self, outputs: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None = None
-    ) -> list[Tensor]:
-        """Gradients averaged over processes; touches no `.grad`. An unused input has gradient 0."""
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor] | None = None,
+        *,
+        retain: bool = False,
+    ) -> list[Tensor | None]:
+        """Gradients averaged over processes; touches no `.grad`.
+
+        None for an input that the outputs do not depend on, which an update leaves alone.
+
+        Args:
+            retain: keep the graph for another pass.
+        """
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        found = torch.autograd.grad(outputs, list(inputs), cotangents, allow_unused=True)
-        gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
-        self.run.mean_(gradients)
-        return gradients
+        found = torch.autograd.grad(outputs, list(inputs), cotangents, retain_graph=retain, allow_unused=True)
+        self.run.mean_([gradient for gradient in found if gradient is not None])
+        return list(found)
 
     def update(
         self,

@@ -546,7 +546,7 @@ def test_another_tokenizer_or_shape_is_no_beginning(prepared: Path, run: Run) ->
     ],
 )
 def test_a_teacher_of_other_data_is_refused(prepared: Path, run: Run, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"teacher 'big' and the student's data set 'prepared' {message}"):
+    with pytest.raises(UserError, match=f"teacher 'big' and the data set 'prepared' {message}"):
         for_student(project.student("kd"), prepared, run, project.trained(prepared, changes=changes))
 
 

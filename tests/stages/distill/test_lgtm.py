@@ -512,7 +512,7 @@ def test_property_5_without_soft_labels_the_teacher_is_alone(run: Run) -> None:
         task = mutual.Toy(run, student, teacher, rows, rows, batch=8)
         ours = mutual.learner(run, task, teacher_alpha=0.0, influence_scale=1.0)
         scalars = mutual.steps(ours, run)
-        assert scalars[-1]["influence/ratio"] == 0
+        assert scalars[-1]["influence/logit_ratio"] == 0
         assert scalars[-1]["influence/mean"] != 0
         ends.append(mutual.weights(ours.modules["teacher"]))
     assert mutual.equal(*ends)
