@@ -260,6 +260,27 @@ def test_of_repeated_texts_the_first_is_kept(tmp_path: Path, caplog: pytest.LogC
     ]
 
 
+@pytest.mark.parametrize("normalise", ["letters", "bert"])
+def test_texts_of_the_same_tokens_are_the_same_text(tmp_path: Path, normalise: str) -> None:
+    """Spaces between words, and round a point, make no other text: the network would not see them."""
+    rows = [(f"{found} , again .", label) for found, label in balanced(40)]
+    again = [(found.replace(" , again .", ",  again."), label) for found, label in rows[:6]]
+    files.write_csv(tmp_path / "train.csv", [*rows, *again[:3]])
+    files.write_csv(tmp_path / "test.csv", [*again[3:], *[(f"new {label}", label) for label in "xyz"]])
+    entry = files.table_entry(
+        files={"train": "train.csv", "test": "test.csv"},
+        split={"validation": 5},
+        tokenizer={"kind": "wordpiece", "normalise": normalise},
+    )
+    dropped = text.describe(files.prepared(tmp_path, entry, tmp_path / "out"))["dropped"]
+    assert dropped == {"broken": 0, "in_another_split": 3, "repeated": 3}
+
+
+def test_f1_is_for_two_classes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="metric 'f1' is for two classes, there are 3"):
+        small(tmp_path / "raw", tmp_path / "out", balanced(40), metric="f1")
+
+
 def test_pairs_are_repeated_only_as_pairs(tmp_path: Path) -> None:
     texts = files.some_texts(30)
     rows = [(texts[n], texts[(n + step) % 30], "xy"[n % 2]) for n in range(30) for step in (1, 2)]

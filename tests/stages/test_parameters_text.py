@@ -158,6 +158,14 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("students.fitted.method", "lgmt", "unknown method 'lgmt'; did you mean 'lgtm'?"),
     ("students.fitted.teacher", "none", "method 'lgtm' needs a teacher"),
     ("students.fitted.influence_radius", 0, "must be > 0, got 0"),
+    ("students.fitted.influence_scale", "teacher", "input should be 'teacher_lr' or 'student_lr', got 'teacher'"),
+    ("students.fitted.influence_scale", -1, "must be >= 0, got -1"),
+    ("students.fitted.influence_scale", [1], "input should be a valid number, got [1]"),
+    ("students.fitted.influence_scale.ratio", ABSENT, "is missing"),
+    ("students.fitted.influence_scale.ratoi", 1, "unknown key; did you mean 'ratio'?"),
+    ("students.fitted.influence_scale.every", 0, "must be > 0, got 0"),
+    # A teacher that has not learnt the task has nothing to say; one that has would lose it.
+    ("students.small.teacher", "pretrained", "'pretrained' has objective 'mlm': it has not learnt the task"),
     ("students.fitted.teacher_alpha", 1.1, "must be <= 1, got 1.1"),
     ("students.fitted.dropout", 0.1, "input should be 'official' or 'shared', got 0.1"),
     ("gates.text.metric", "top_1", "input should be 'accuracy', "),
@@ -212,6 +220,14 @@ RULES: list[tuple[list[tuple[str, Any]], str]] = [
     ([("students.single.initial.file", ABSENT)], "students.single.initial: 'file' and 'sha256' go together"),
     ([("students.single.initial", {"layers": [0]})], "students.single: 'initial' needs 'file': there is no teacher"),
     ([("students.small.initial.layers", [0, 1])], "students.small: 'initial.layers' names 2 layers, 'network.layers'"),
+    ([("datasets.r8.metric", "f1"), ("datasets.r8.classes", ["a", "b", "c"])],
+     "datasets.r8: metric 'f1' is for two classes"),
+    ([("datasets.scores.glue", "MNLI"), ("datasets.scores.metric", "f1")],
+     "datasets.scores: metric 'f1' is for two classes"),
+    ([("datasets.scores.flip", {"share": 0.1})], "datasets.scores: 'flip' changes labels, and STS-B has scores"),
+    ([("teachers.large.masked", 0.2)], "teachers.large: 'masked' goes with objective 'mlm'"),
+    ([("students.fitted.teacher", "large"), ("students.fitted.zero_heads", ABSENT)],
+     "students.fitted.zero_heads: teacher 'large' has learnt the task, and would lose its classifier"),
     ([("students.fitted.hold_out", False)], "students.fitted: 'hold_out: false' goes with 'influence_scale: 0' only"),
 ]  # fmt: skip
 
@@ -222,6 +238,11 @@ def test_keys_that_do_not_go_together_are_answered_for_the_whole_entry(
 ) -> None:
     (line,) = mistakes(file, *edits)
     assert line.startswith(message)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_whoever_says_so_may_set_the_head_of_a_taught_teacher_to_zero(file: Path, value: bool) -> None:
+    read(file, edited(("students.fitted.teacher", "large"), ("students.fitted.zero_heads", value)))
 
 
 def test_beginnings_in_a_circle_are_named(file: Path) -> None:

@@ -526,7 +526,7 @@ def test_with_other_classes_it_keeps_a_classifier_of_its_own(prepared: Path, run
 
 def test_another_tokenizer_or_shape_is_no_beginning(prepared: Path, run: Run) -> None:
     first = project.trained(prepared, changes={"tokenizer_sha256": "f" * 64})
-    with pytest.raises(UserError, match=r"teacher 'big' and .* 'prepared' differ in tokenizer_sha256: ffff"):
+    with pytest.raises(UserError, match=r"start 'big' and .* 'prepared' differ in tokenizer_sha256: ffff"):
         for_teacher(project.teacher(), prepared, run, first)
     first = project.trained(prepared, hidden=12)
     message = r"`start`: the network of 'big' is another:\n  .*: \((\d+), 12\) in the file, \(\1, 8\) in the network"
@@ -543,6 +543,7 @@ def test_another_tokenizer_or_shape_is_no_beginning(prepared: Path, run: Run) ->
         ({"tokenizer_sha256": "f" * 64}, "differ in tokenizer_sha256: ffff"),
         ({"classes": ["a", "b"]}, "differ in classes: 2 against 3 classes"),
         ({"length": 12}, "differ in length: 12 and 16"),
+        ({"pair": True}, "differ in pair: True and False"),
     ],
 )
 def test_a_teacher_of_other_data_is_refused(prepared: Path, run: Run, changes: dict[str, Any], message: str) -> None:
