@@ -181,7 +181,7 @@ class Small:
             "task": self.task,
             "interface": self.interface,
             "dataset": {"name": "tiny", "digest": data},
-            "teacher": {"name": "teacher", "weights_sha256": "f" * 64} if model.method == "kd" else None,
+            "teacher": {"name": "teacher", "weights_sha256": "f" * 64} if model.method not in (None, "alone") else None,
             "sources": [source],
             "parameters": 51,
             "weights_sha256": weights,

@@ -491,7 +491,7 @@ def test_a_teacher_that_never_learnt_the_task_is_nothing_to_compare_with(
     """It learnt masked tokens; the one that it became, together with the student, learnt the task."""
     monkeypatch.setattr(SmallText, "teacher", {"objective": "mlm"})
     small.models["plain"] = Model(wrong=12, validation=0.99, method="alone")
-    small.write()
+    small.change("best", method="lgtm")
     small.commit()
     register(TASK)
     assert promote(TASK)

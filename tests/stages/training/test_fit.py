@@ -1,5 +1,6 @@
 """What a training leaves on disk: the model, what was trained beside it, and where it all came from."""
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -115,6 +116,7 @@ def test_a_teacher_that_learnt_is_kept_with_the_recipe_of_its_student(data: Path
     learner = together(data, run)
     folder = paths.companions("text", "small")
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) == [
+        "contents.json",
         "seen.csv",
         "teacher",
         "teacher/model.json",
@@ -174,8 +176,9 @@ def test_most_methods_train_nothing_beside_the_student(data: Path, run: Run, met
     assert learner.tables() == {}
     before = teacher[1] if teacher else None
     fit("distill", describe("small", entry, task, before), task, learner, run, before=before)
-    assert paths.companions("text", "small").is_dir()
-    assert not list(paths.companions("text", "small").iterdir())
+    beside = paths.companions("text", "small")
+    assert [path.name for path in beside.iterdir()] == ["contents.json"]
+    assert json.loads((beside / "contents.json").read_text()) == {"models": [], "tables": []}
     assert list(paths.models("text", ["small"])) == ["small"]
     assert read_description(paths.trained("text", "small")).rows == {"train": 66}
 
