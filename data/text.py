@@ -454,7 +454,7 @@ def _tokenizer(raw: Path, dataset: Any, samples: pd.DataFrame) -> "Tokenizer":
         return adopt_tokenizer(raw / settings.file, settings.normalise)
     train = samples[samples["split"].isin((TRAIN, HELD_OUT))]
     texts = [text for name in ("text", "pair") if name in train for text in train[name]]
-    return learn_tokenizer(texts, settings.size, settings.normalise)
+    return learn_tokenizer(texts, settings.pieces, settings.normalise)
 
 
 # Validation.

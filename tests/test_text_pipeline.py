@@ -138,9 +138,9 @@ def test_register_promote_and_answer_raw_text(project: Project) -> None:
         line.split()[0] for line in report.splitlines() if line
     }
     code = (
-        "import sys, json, mlflow\n"
+        "import sys, json, mlflow, numpy as np\n"
         "model = mlflow.pyfunc.load_model('models:/text@challenger')\n"
-        "print(json.dumps(model.predict([sys.argv[1], sys.argv[2]])))\n"
+        "print(json.dumps(model.predict({'texts': np.array(sys.argv[1:], dtype=object)})))\n"
     )
     normal = re.sub("[^a-z]+", " ", RAW.lower())
     tracking = {"MLFLOW_TRACKING_URI": f"sqlite:///{project.path('mlflow.db')}"}
@@ -185,7 +185,7 @@ def test_wrong_input_is_refused_in_one_paragraph(
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(project: Project) -> None:
-    project.edit(lambda raw: raw["datasets"]["reuters"]["tokenizer"].update(size=300))
+    project.edit(lambda raw: raw["datasets"]["reuters"]["tokenizer"].update(pieces=300))
     project.run("dvc", "repro", "validate@reuters")
     said = refusal(project.stage("stages.distill", "text-kd", code=None))
     assert re.search(r"teacher 'text-bert' and .*differ in tokenizer_sha256", said)

@@ -49,14 +49,14 @@ class Flip(Section):
 
 
 class WordPiece(Section):
-    """A vocabulary that is learnt from the texts that are trained on, held-out ones included.
+    """A vocabulary of so many `pieces`, learnt from the texts that are trained on, held-out ones included.
 
     `normalise: letters` makes lower-case words of a to z: accents are taken off, and whatever else there is becomes a
     space. `bert` lowers case, takes off accents and keeps punctuation and digits as tokens.
     """
 
     kind: Literal["wordpiece"]
-    size: Annotated[Whole, Field(ge=100)] = 4000
+    pieces: Annotated[Whole, Field(ge=100)] = 4000
     normalise: Literal["letters", "bert"] = "bert"
 
 

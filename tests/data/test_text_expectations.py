@@ -240,7 +240,7 @@ def test_too_many_texts_that_are_cut_are_found() -> None:
     def change(parts: dict[str, list[tuple[str, ...]]]) -> None:
         parts["test"][:3] = [(f"{'grain ' * (20 + n)}", label) for n, (_, label) in enumerate(parts["test"][:3])]
 
-    large = {**files.WORDPIECE, "size": 1000}
+    large = {**files.WORDPIECE, "pieces": 1000}
     build(change, expect={"truncated": 0.19}, tokenizer=large)
     missed, message = refused()
     assert missed == {f"{BETWEEN}(cut)": ["test"]}

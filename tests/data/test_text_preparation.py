@@ -59,7 +59,7 @@ def test_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import text_files as files\n"
         "for normalise in ('letters', 'bert'):\n"
-        "    vocabulary = {'kind': 'wordpiece', 'size': 130, 'normalise': normalise}\n"
+        "    vocabulary = {'kind': 'wordpiece', 'pieces': 130, 'normalise': normalise}\n"
         "    entry = files.table_entry(tokenizer=vocabulary, flip={'share': 0.2})\n"
         "    files.prepared(Path(sys.argv[2]), entry, Path(sys.argv[3]) / normalise)\n"
     )
@@ -406,7 +406,7 @@ def test_of_a_pair_the_longer_text_is_cut_first() -> None:
 def test_what_is_cut_is_counted_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [(found, "xy"[n % 2]) for n, found in enumerate(files.some_texts(60, shortest=4, longest=8))]
     rows += [(f"{'grain ' * (20 + n)}end", "x") for n in range(9)]
-    folder = small(tmp_path / "raw", tmp_path / "out", rows, tokenizer={**files.WORDPIECE, "size": 1000})
+    folder = small(tmp_path / "raw", tmp_path / "out", rows, tokenizer={**files.WORDPIECE, "pieces": 1000})
     assert text.describe(folder)["cut"] == 9
     assert [record.message for record in caplog.records] == ["9 of 69 texts are longer than 16 tokens and are cut"]
     manifest = manifest_of(folder)
@@ -418,7 +418,7 @@ def test_what_is_cut_is_counted_with_one_warning(tmp_path: Path, caplog: pytest.
 @pytest.mark.parametrize("normalise", ["letters", "bert"])
 def test_a_special_token_that_is_spelt_in_a_text_is_a_text(tmp_path: Path, normalise: str) -> None:
     rows = [(f"{found} [MASK] [SEP] [PAD] [CLS] [UNK]", label) for found, label in balanced(60)]
-    tokenizer = {**files.WORDPIECE, "size": 300, "normalise": normalise}
+    tokenizer = {**files.WORDPIECE, "pieces": 300, "normalise": normalise}
     folder = small(tmp_path / "raw", tmp_path / "out", rows, length=64, tokenizer=tokenizer)
     tokens, description = np.load(folder / "tokens.npy"), text.describe(folder)
     assert description["cut"] == 0

@@ -11,7 +11,7 @@ from data.text import GLUE
 from stages.parameters.text import Dataset
 
 PROVENANCE = {"name": "toy", "licence": "none", "credit": "invented", "redistributable": True}
-WORDPIECE = {"kind": "wordpiece", "size": 120}
+WORDPIECE = {"kind": "wordpiece", "pieces": 120}
 # What stands in two columns of texts, as it may be met in a file without quoting; tabs and line feeds cannot.
 ODD = [
     'He said "no',

@@ -87,14 +87,14 @@ def prepare(folder: Path, kind: str) -> Path:
         labels = [("grain", "trade", "acq")[index % 3] for index in range(len(texts))]
         pd.DataFrame({"text": texts, "label": labels}).to_csv(raw / "texts.csv", index=False)
         split = {"validation": 40, "test": 60}
-        wordpiece = {"kind": "wordpiece", "size": 200, "normalise": "letters"}
+        wordpiece = {"kind": "wordpiece", "pieces": 200, "normalise": "letters"}
         dataset = Dataset(**common, format="table", files={"train": "texts.csv"}, split=split, tokenizer=wordpiece)
     else:
         pairs = pd.DataFrame({"sentence1": texts, "sentence2": [f"{one}, 7!" for one in reversed(texts)]})
         pairs["score"] = (np.arange(len(texts)) * 0.35 % 5).round(2)
         for name, table in (("train", pairs.iloc[:140]), ("dev", pairs.iloc[140:])):
             table.to_csv(raw / f"{name}.tsv", sep="\t", index=False)
-        wordpiece = {"kind": "wordpiece", "size": 200}
+        wordpiece = {"kind": "wordpiece", "pieces": 200}
         glue = {"glue": "STS-B", "folder": ".", "metric": "spearman", "split": {"validation": 30}}
         dataset = Dataset(**common, format="glue", tokenizer=wordpiece, **glue)
     data.prepare(raw, dataset, prepared, {"name": "raw", "licence": "none", "redistributable": True})

@@ -4,15 +4,17 @@ import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from data.errors import UserError
 from stages.parameters import Parameters, load
+from stages.parameters import text as schema
 from stages.parameters.text import LGTM
 
 DIGEST = "0123456789abcdef" * 4
@@ -29,7 +31,7 @@ datasets:
   r8:
     {{task: text, source: both, format: orange, files: {{train: r8.tab}}, columns: {{text: text, label: Class}},
       classes: [acq, earn], length: 64, rows: 500, metric: macro_f1, flip: {{share: 0.1, seed: 1}},
-      tokenizer: {{kind: wordpiece, size: 2000, normalise: letters}},
+      tokenizer: {{kind: wordpiece, pieces: 2000, normalise: letters}},
       split: {{validation: 10, test: 10, held_out: 0.2, seed: 1}},
       expect: {{samples: 100, smallest_class: 0.1, largest_class: 0.6, duplicates: 0.1, truncated: 0.1}}}}
   pairs:
@@ -139,9 +141,9 @@ MISTAKES: list[tuple[str, Any, str]] = [
     ("datasets.r8.length", 7, "must be >= 8, got 7"),
     ("datasets.r8.length", 513, "must be <= 512, got 513"),
     ("datasets.r8.rows", 0, "must be > 0, got 0"),
-    ("datasets.r8.tokenizer.size", 99, "must be >= 100, got 99"),
+    ("datasets.r8.tokenizer.pieces", 99, "must be >= 100, got 99"),
     ("datasets.r8.tokenizer.kind", "wordpeace", "unknown kind 'wordpeace'; did you mean 'wordpiece'?"),
-    ("datasets.r8.tokenizer.file", "x", "unknown key; known: kind, normalise, size"),
+    ("datasets.r8.tokenizer.file", "x", "unknown key; known: kind, normalise, pieces"),
     ("datasets.r8.classes", ["a"], "list should have at least 2 items"),
     ("datasets.r8.format", "csv", "input should be 'table', 'orange' or 'glue', got 'csv'"),
     ("datasets.scores.glue", "SST2", "input should be 'CoLA', "),
@@ -243,6 +245,26 @@ def test_keys_that_do_not_go_together_are_answered_for_the_whole_entry(
 @pytest.mark.parametrize("value", [True, False])
 def test_whoever_says_so_may_set_the_head_of_a_taught_teacher_to_zero(file: Path, value: bool) -> None:
     read(file, edited(("students.fitted.teacher", "large"), ("students.fitted.zero_heads", value)))
+
+
+def test_no_key_is_one_that_the_run_cache_of_dvc_leaves_out() -> None:
+    """Its key is made without whatever is called `size` or `nfiles`, parameters included (DVC issue 10296)."""
+    seen = {schema.Alone, schema.KD, schema.LGTM, schema.Teacher, schema.Dataset, schema.Export, schema.Task}
+    waiting: list[Any] = list(seen)
+    names = set()
+    while waiting:
+        for field in waiting.pop().model_fields.values():
+            names.add(field.alias)
+            parts = [field.annotation]
+            while parts:
+                part = parts.pop()
+                parts += get_args(part)
+                if isinstance(part, type) and issubclass(part, BaseModel) and part not in seen:
+                    seen.add(part)
+                    waiting.append(part)
+        names |= {name for model in seen for name in model.model_fields}
+    assert {"pieces", "every", "held_out"} <= names
+    assert not names & {"size", "nfiles"}
 
 
 def test_beginnings_in_a_circle_are_named(file: Path) -> None:

@@ -37,7 +37,7 @@ def write(folder: Path, count: int = 90, classes: list[str] = CLASSES, **fields:
         "format": "table",
         "separator": "tab",
         "files": {"train": "train.tsv"},
-        "tokenizer": {"kind": "wordpiece", "size": 100},
+        "tokenizer": {"kind": "wordpiece", "pieces": 100},
         "length": 16,
         "split": {"validation": 12, "test": 12, "held_out": 0.25},
         **fields,
