@@ -64,7 +64,7 @@ def read_csv(file: Path, size: int, channels: int, classes: list[str]) -> Sample
     if table.shape[1] != width + 1:
         raise UserError(
             f"{file} has {table.shape[1]} columns, but {channels} x {size} x {size} pixels and a label are "
-            f"{width + 1} · check `size` and `channels` of the data set"
+            f"{width + 1} · check `image_size` and `channels` of the data set"
         )
     pixels, labels = table[:, :width], table[:, width]
     if pixels.min() < 0 or pixels.max() > 255:
@@ -129,9 +129,9 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
         output: an existing empty folder. provenance: what dataset.json says of the source.
     """
     if dataset.format == "csv":
-        samples = read_csv(raw / dataset.file, dataset.size, dataset.channels, dataset.classes)
+        samples = read_csv(raw / dataset.file, dataset.image_size, dataset.channels, dataset.classes)
     else:
-        samples = read_folder(raw, dataset.size, dataset.channels, dataset.classes)
+        samples = read_folder(raw, dataset.image_size, dataset.channels, dataset.classes)
     wanted = {"validation": dataset.split.validation, "test": dataset.split.test}
     part = split(samples.labels, wanted, dataset.split.seed)
     total, squares = _moments(samples.images)
@@ -152,12 +152,13 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
     np.save(output / "images.npy", samples.images)
     np.save(output / "labels.npy", samples.labels)
     train = part == "train"
-    mean, spread = _mean_and_spread(total[train].sum(0), squares[train].sum(0), int(train.sum()) * dataset.size**2)
+    pixels = int(train.sum()) * dataset.image_size**2
+    mean, spread = _mean_and_spread(total[train].sum(0), squares[train].sum(0), pixels)
     write_json(
         output / "dataset.json",
         {
             "classes": samples.classes,
-            "size": dataset.size,
+            "size": dataset.image_size,
             "channels": dataset.channels,
             "mean": mean.tolist(),
             # A channel that never changes would be divided by zero.

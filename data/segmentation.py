@@ -83,7 +83,7 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
         UserError: a file that is missing, is no image or does not fit its pair, a label that is no class, an empty
             split.
     """
-    height, width = dataset.size
+    height, width = dataset.image_size
     rows: Iterable[Row]
     if dataset.format == "scenes":
         classes = ["background", *map(str, range(10))]
@@ -472,7 +472,7 @@ def make_scenes(raw: Path, dataset: Any) -> Iterator[Row]:
     Raises:
         UserError: a table or a photograph that cannot be read, is too small, or has too few digits.
     """
-    height, width = dataset.size
+    height, width = dataset.image_size
     digits, kinds = read_digits(raw / dataset.digits)
     photographs = [(name, read_image(raw / name)) for name in dataset.backgrounds]
     for name, pixels in photographs:
@@ -566,7 +566,7 @@ def _check_photograph(path: Path, pixels: np.ndarray, size: tuple[int, int]) -> 
         needed = math.ceil(ZOOM[0] * size[0]), math.ceil((ZOOM[0] * size[1] + 1) * width / narrowest)
         raise UserError(
             f"{path} is {height} x {width} pixels, but scenes of {size[0]} x {size[1]} need a photograph of about "
-            f"{needed[0]} x {needed[1]} (height x width) · take larger photographs, or a smaller `size`"
+            f"{needed[0]} x {needed[1]} (height x width) · take larger photographs, or a smaller `image_size`"
         )
 
 

@@ -323,12 +323,11 @@ OWN = """
 sources:
   shapes: {kind: folder, path: $MY_IMAGES/shapes, tree_digest: DIGEST, licence: own, credit: me, redistributable: no}
 datasets:
-  shapes: {task: recognition, source: shapes, format: folder, size: 24, channels: 3, split: {validation: 18, test: 18}}
+  shapes: {task: recognition, source: shapes, format: folder, image_size: 24, channels: 3,
+           split: {validation: 18, test: 18}}
 teachers:
-  outside:
-    task: recognition
-    dataset: shapes
-    from: {file: my resnet.pth, sha256: SHA, network: {name: torchvision, model: resnet18}}
+  outside: {task: recognition, dataset: shapes, start: none,
+            from: {file: my resnet.pth, sha256: SHA, network: {name: torchvision, model: resnet18}}}
 students:
   small: {task: recognition, dataset: shapes, method: kd, teacher: outside, resolution: 12,
           network: {name: resnet, widths: [4, 8]}, training: {epochs: 1, batch: 16}}
@@ -386,7 +385,7 @@ WRONG: dict[str, tuple[Callable[[Project], None], tuple[str, ...], str]] = {
     "low resolution larger than the high one": (
         replace("resolution: 7", "resolution: 32"),
         ("stages.distill", "recognition-horkd"),
-        "recognition-horkd.resolution: must be at most the size of its images, datasets.mnist.size = 28, got 32",
+        "recognition-horkd.resolution: must be at most the size of its images, datasets.mnist.image_size = 28, got 32",
     ),
     "unknown student": (
         lambda project: None,

@@ -28,13 +28,13 @@ class Dataset(shared.Dataset):
     """Images with one label each.
 
     `format: csv` reads `file`, rows of pixels followed by the label; `format: folder` reads one folder of images
-    per class. `size` is the side of the square images after preparation, in pixels.
+    per class. `image_size` is the side of the square images after preparation, in pixels.
     """
 
     task: Literal["recognition"]
     format: Literal["csv", "folder"]
     file: str | None = None
-    size: Annotated[Whole, Field(ge=4)]
+    image_size: Annotated[Whole, Field(ge=4)]
     channels: Literal[1, 3]
     classes: list[str] | None = None
     split: Split
@@ -194,11 +194,11 @@ def conflicts(
     model: Teacher | AnyStudent, dataset: Dataset, teacher: shared.Teacher | shared.Student | None
 ) -> list[tuple[str, str]]:
     """Contradictions between a model, its data set and its teacher, as (field of the model, what is wrong)."""
-    if isinstance(model, AnyStudent) and model.resolution > dataset.size:
+    if isinstance(model, AnyStudent) and model.resolution > dataset.image_size:
         return [
             (
                 "resolution",
-                f"must be at most the size of its images, datasets.{model.dataset}.size = {dataset.size}, "
+                f"must be at most the size of its images, datasets.{model.dataset}.image_size = {dataset.image_size}, "
                 f"got {model.resolution}",
             )
         ]

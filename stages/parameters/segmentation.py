@@ -53,13 +53,13 @@ class Dataset(shared.Dataset):
     `format: scenes` makes them: digits of `digits` (a table as recognition reads it) over `backgrounds` (photographs).
     `format: folders` reads {train,val,test}/{images,labels}; `cityscapes` and `voc` read those data sets' own folders,
     take their `val` for testing, and hold `validation` (a share of `train`, whole cities or images) out.
-    `size` is [height, width] after preparation: images are resized to it, or (`fit: pad`) reduced if they are larger,
-    then filled up with pixels that have no label. `ignore` is the label in the files of pixels that have none.
+    `image_size` is [height, width] after preparation: images are resized to it, or (`fit: pad`) reduced if they are
+    larger, then filled up with pixels that have no label. `ignore` is the label in the files of pixels that have none.
     """
 
     task: Literal["segmentation"]
     format: Literal["scenes", "folders", "cityscapes", "voc"]
-    size: Size
+    image_size: Size
     fit: Literal["resize", "pad"] = "resize"
     classes: Annotated[list[str], Field(min_length=2, max_length=255)] | None = None
     ignore: Annotated[Whole, Field(ge=0, le=255)] | None = None
@@ -95,9 +95,10 @@ class Dataset(shared.Dataset):
             raise ValueError("format 'scenes' takes no 'fit': they are made in their size")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("'classes' names a class twice")
-        if self.scenes is not None and 2 * self.scenes.height[1] > min(self.size):
+        if self.scenes is not None and 2 * self.scenes.height[1] > min(self.image_size):
             raise ValueError(
-                f"'scenes.height' may reach half of the smaller side of 'size' {self.size}, got {self.scenes.height}"
+                f"'scenes.height' may reach half of the smaller side of 'image_size' {self.image_size}, got "
+                f"{self.scenes.height}"
             )
         return self
 
@@ -366,11 +367,11 @@ def conflicts(
 ) -> list[tuple[str, str]]:
     """Contradictions between a model, its data set and its teacher, as (field of the model, what is wrong)."""
     crop = model.training.augment.crop
-    if crop is not None and (crop[0] > dataset.size[0] or crop[1] > dataset.size[1]):
+    if crop is not None and (crop[0] > dataset.image_size[0] or crop[1] > dataset.image_size[1]):
         return [
             (
                 "training.augment.crop",
-                f"must fit into the images, datasets.{model.dataset}.size = {dataset.size}, got {crop}",
+                f"must fit into the images, datasets.{model.dataset}.image_size = {dataset.image_size}, got {crop}",
             )
         ]
     return []

@@ -295,7 +295,7 @@ def test_arrays_that_do_not_fit_the_manifest_are_refused(raw: Path, tmp_path: Pa
 def test_camvid_is_prepared_and_meets_what_its_description_says(tmp_path: Path) -> None:
     source = Path(os.environ["DISTILLERY_DATA"]) / "camvid-small"
     meta = json.loads((source / "meta.json").read_text())
-    entry = folders(size=[180, 240], classes=meta["classes"][:-1], expect={"samples": 701, "ignored": 0.05})
+    entry = folders(image_size=[180, 240], classes=meta["classes"][:-1], expect={"samples": 701, "ignored": 0.05})
     folder = prepared(source, entry, tmp_path / "out")
     assert failures(folder, entry, tmp_path / "docs") == []
     found = tables(folder)

@@ -162,7 +162,7 @@ def hash_of(text: str) -> int:
 
 
 def test_cityscapes_label_ids_become_the_19_classes(cityscapes: Path, tmp_path: Path) -> None:
-    folder = prepared(cityscapes, dataset("cityscapes", size=[32, 40]), tmp_path / "out")
+    folder = prepared(cityscapes, dataset("cityscapes", image_size=[32, 40]), tmp_path / "out")
     assert describe(folder)["classes"] == list(CITYSCAPES)
     assert len(CITYSCAPES) == 19
     # From the definition of the data set: label ids in the order of the train ids 0-18.
@@ -209,7 +209,7 @@ def test_cityscapes_train_ids_serve_where_label_ids_are_absent(cityscapes: Path,
     (ulm / "ulm_000000_000019_gtFine_labelIds.png").unlink()
     expected = targets(32, 40, [*range(19), 255])
     save(ulm / "ulm_000000_000019_gtFine_labelTrainIds.png", expected)
-    folder = prepared(cityscapes, dataset("cityscapes", size=[32, 40]), tmp_path / "out")
+    folder = prepared(cityscapes, dataset("cityscapes", image_size=[32, 40]), tmp_path / "out")
     ids, _, labels = load(folder, "test")
     np.testing.assert_array_equal(labels[ids.index("ulm/ulm_000000_000019")], expected)
     save(ulm / "ulm_000000_000019_gtFine_labelTrainIds.png", targets(32, 40, [0, 19]))
@@ -249,7 +249,7 @@ def voc(tmp_path: Path) -> Path:
 
 
 def test_voc_reads_palettes_by_its_lists(voc: Path, tmp_path: Path) -> None:
-    folder = prepared(voc, dataset("voc", size=[24, 32], fit="pad"), tmp_path / "out")
+    folder = prepared(voc, dataset("voc", image_size=[24, 32], fit="pad"), tmp_path / "out")
     assert describe(folder)["classes"] == VOC
     assert len(VOC) == 21
     assert describe(folder)["samples"] == {"train": 7, "validation": 3, "test": 2}

@@ -47,7 +47,7 @@ class Small:
     interface: ClassVar[dict[str, Any]] = INTERFACE
     input: ClassVar[dict[str, Any]] = {"name": "images", "shape": ["batch", 1, SIDE, SIDE], "dtype": "float32"}
     network: ClassVar[dict[str, Any]] = {"name": "resnet", "widths": [4]}
-    dataset: ClassVar[dict[str, Any]] = {"format": "folder", "size": SIDE, "channels": 1, "split": SPLIT}
+    dataset: ClassVar[dict[str, Any]] = {"format": "folder", "image_size": SIDE, "channels": 1, "split": SPLIT}
     teacher: ClassVar[dict[str, Any]] = {}
     student: ClassVar[dict[str, Any]] = {"resolution": SIDE}
 

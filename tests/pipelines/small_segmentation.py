@@ -34,7 +34,7 @@ class SmallSegmentation(Small):
     }
     input: ClassVar[dict[str, Any]] = {"name": "images", "shape": ["batch", 3, HEIGHT, WIDTH], "dtype": "float32"}
     network: ClassVar[dict[str, Any]] = {"name": "pspnet", "encoder": ENCODER}
-    dataset: ClassVar[dict[str, Any]] = {"format": "folders", "size": [HEIGHT, WIDTH], "classes": CLASSES}
+    dataset: ClassVar[dict[str, Any]] = {"format": "folders", "image_size": [HEIGHT, WIDTH], "classes": CLASSES}
     student: ClassVar[dict[str, Any]] = {}
 
     def image(self, index: int) -> tuple[np.ndarray, Any]:

@@ -29,9 +29,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     names = ["a", "b", "c"]
     parameters = {
         "sources": {"x": {"kind": "folder", "path": ".", "tree_digest": "0" * 64, "licence": "-", "credit": "-"}},
-        "datasets": {
-            "x": {"task": "recognition", "source": "x", "format": "csv", "file": "x.csv", "size": 8, "channels": 1}
-        },
+        "datasets": {"x": {"task": "recognition", "source": "x", "format": "csv", "file": "x.csv", "image_size": 8}},
         "teachers": {"big": {"task": "recognition", "dataset": "x", "start": "none", "network": network}},
         "students": {
             "small": {"task": "recognition", "dataset": "x", "method": "alone", "teacher": "none", "resolution": 4}
@@ -40,7 +38,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "tasks": {"recognition": {}},
     }
     parameters["sources"]["x"]["redistributable"] = True
-    parameters["datasets"]["x"] |= {"classes": names, "split": {"validation": 20, "test": 10}}
+    parameters["datasets"]["x"] |= {"channels": 1, "classes": names, "split": {"validation": 20, "test": 10}}
     parameters["students"]["small"]["network"] = network
     Path("params.yaml").write_text(yaml.safe_dump(parameters))
     generator = np.random.default_rng(0)

@@ -25,9 +25,9 @@ def with_value(path: str, value: Any) -> dict[str, Any]:
     return raw
 
 
-CROP = "must fit into the images, datasets.scenes.size = [64, 64], got [64, 65]"
+CROP = "must fit into the images, datasets.scenes.image_size = [64, 64], got [64, 65]"
 MISTAKES = [
-    ("datasets.scenes.size", [64], "list should have at least 2 items"),
+    ("datasets.scenes.image_size", [64], "list should have at least 2 items"),
     ("datasets.scenes.fit", "pad", "format 'scenes' takes no 'fit'"),
     ("datasets.scenes.split_seed", 1, "format 'scenes' takes no 'split_seed'"),
     ("datasets.scenes.ignore", 3, "format 'scenes' takes no 'ignore'"),

@@ -4,17 +4,15 @@ import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from data.errors import UserError
 from stages.parameters import Parameters, load
-from stages.parameters import text as schema
 from stages.parameters.text import LGTM
 
 DIGEST = "0123456789abcdef" * 4
@@ -247,26 +245,6 @@ def test_whoever_says_so_may_set_the_head_of_a_taught_teacher_to_zero(file: Path
     read(file, edited(("students.fitted.teacher", "large"), ("students.fitted.zero_heads", value)))
 
 
-def test_no_key_is_one_that_the_run_cache_of_dvc_leaves_out() -> None:
-    """Its key is made without whatever is called `size` or `nfiles`, parameters included (DVC issue 10296)."""
-    seen = {schema.Alone, schema.KD, schema.LGTM, schema.Teacher, schema.Dataset, schema.Export, schema.Task}
-    waiting: list[Any] = list(seen)
-    names = set()
-    while waiting:
-        for field in waiting.pop().model_fields.values():
-            names.add(field.alias)
-            parts = [field.annotation]
-            while parts:
-                part = parts.pop()
-                parts += get_args(part)
-                if isinstance(part, type) and issubclass(part, BaseModel) and part not in seen:
-                    seen.add(part)
-                    waiting.append(part)
-        names |= {name for model in seen for name in model.model_fields}
-    assert {"pieces", "every", "held_out"} <= names
-    assert not names & {"size", "nfiles"}
-
-
 def test_beginnings_in_a_circle_are_named(file: Path) -> None:
     assert sorted(mistakes(file, ("teachers.pretrained.start", "large"))) == [
         "teachers.large.start: goes round in a circle: large <- pretrained <- large",
@@ -276,7 +254,7 @@ def test_beginnings_in_a_circle_are_named(file: Path) -> None:
 
 def test_a_teacher_of_another_task_is_no_beginning(file: Path) -> None:
     """Nor is one of this task for a teacher of another."""
-    digits = {"task": "recognition", "source": "both", "format": "folder", "size": 8, "channels": 1,
+    digits = {"task": "recognition", "source": "both", "format": "folder", "image_size": 8, "channels": 1,
               "split": {"validation": 1, "test": 1}}  # fmt: skip
     other = {"task": "recognition", "dataset": "digits", "start": "none", "network": {"name": "resnet", "widths": [4]}}
     base = [("datasets.digits", digits), ("tasks.recognition", {})]

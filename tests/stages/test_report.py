@@ -55,11 +55,13 @@ def student(method: str, teacher: str, resolution: int, **more: Any) -> dict[str
 
 def parameters(redistributable: bool = True) -> dict[str, Any]:
     rights = {"licence": "none", "credit": CREDIT, "redistributable": redistributable}
-    data = {"task": "recognition", "source": "tiny", "format": "csv", "file": "tiny.csv", "size": SIDE, "channels": 1}
+    data = {"task": "recognition", "source": "tiny", "format": "csv", "file": "tiny.csv", "classes": CLASSES}
     teacher = {"task": "recognition", "dataset": "tiny", "start": "none", "network": {"name": "resnet", "widths": [8]}}
     return {
         "sources": {"tiny": {"kind": "folder", "path": "unused", "tree_digest": "0" * 64, **rights}},
-        "datasets": {"tiny": {**data, "classes": CLASSES, "split": {"validation": VALIDATION, "test": TEST}}},
+        "datasets": {
+            "tiny": {**data, "image_size": SIDE, "channels": 1, "split": {"validation": VALIDATION, "test": TEST}}
+        },
         "teachers": {"recognition-teacher": teacher},
         "students": {
             "recognition-assistant": student("horkd", "recognition-teacher", 4),

@@ -53,7 +53,7 @@ def build(pixels: np.ndarray, labels: np.ndarray, **expect: Any) -> None:
                 "source": "tiny",
                 "format": "csv",
                 "file": "tiny.csv",
-                "size": SIZE,
+                "image_size": SIZE,
                 "channels": 1,
                 "classes": ["x", "y", "z"],
                 "split": {**WANTED, "seed": 0},

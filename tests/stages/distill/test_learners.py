@@ -35,7 +35,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "source": "x",
             "format": "csv",
             "file": "x.csv",
-            "size": 12,
+            "image_size": 12,
             "channels": 1,
             "classes": ["a", "b", "c"],
             "split": {"validation": 15, "test": 15},
