@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import pickle
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +29,16 @@ class Description:
     """What a model is, where it comes from and what may be done with it.
 
     Attributes:
-        name, task, kind: kind is "teacher" or "student".
+        name, task, kind: kind is "teacher", "student" or "companion".
         network: what `models.<task>.build` makes it from.
         interface: what goes in and comes out: classes; of images channels, mean, std and resize, for recognition
-            resolution, for segmentation size and fit; of texts length and tokenizer.
+            resolution, for segmentation size and fit; of texts length and tokenizer; for zero-shot recognition which
+            classes are seen, the number of features, and of images, where these go in, channels, size, mean and std.
         recipe: its entry in params.yaml, defaults filled in.
         dataset: name and digest of the data it was trained and evaluated on.
         teacher: name and weights_sha256 of the model it learnt from, or None.
         start: the same of the model whose weights it began with, or None.
+        beside: the same of the student that this model was trained beside, or None.
         sources: name, licence, credit and redistributable of everything it was made from.
         rows: number of samples that were drawn from, by the name of the stream: "train", and what was held out of it.
         parameters: number of trainable parameters.
@@ -52,6 +55,7 @@ class Description:
     teacher: dict[str, str] | None
     sources: list[dict[str, Any]]
     start: dict[str, str] | None = None
+    beside: dict[str, str] | None = None
     rows: dict[str, int] = field(default_factory=dict)
     parameters: int = 0
     weights_sha256: str = ""
@@ -74,6 +78,13 @@ def _plain(tensor: Tensor) -> Tensor:
     """Networks are built, evaluated and exported in float32; float64 is for training alone."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def copy_model(folder: Path, output: Path) -> None:
+    """Weights and description of a model into a new folder."""
+    output.mkdir()
+    for name in (WEIGHTS, DESCRIPTION):
+        shutil.copyfile(folder / name, output / name)
 
 
 def read_description(folder: Path) -> Description:

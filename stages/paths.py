@@ -7,6 +7,8 @@ from pathlib import Path
 from data.errors import UserError
 from data.files import sha256
 
+CONTENTS = "contents.json"
+
 
 def raw(source: str) -> Path:
     """What was fetched."""
@@ -46,12 +48,16 @@ def trained(task: str, model: str) -> Path:
 
 
 def companions(task: str, student: str) -> Path:
-    """What a method trained beside the student: models in folders of their own, and tables. None for most methods."""
+    """What was trained beside a model: models in folders of their own, and tables. Nothing for most.
+
+    `contents.json` names them; `evaluated` are those that answer the question of the task.
+    """
     return Path("models/companions") / task / student
 
 
 def models(task: str, names: Iterable[str]) -> dict[str, Path]:
-    """Folders of trained models: those of params.yaml by `names`, each followed by its companions as NAME.COMPANION.
+    """Folders of trained models: those of params.yaml by `names`, each followed by its companions as NAME.COMPANION, if
+    they are evaluated.
 
     No entry of params.yaml has a dot in its name.
     """
@@ -59,8 +65,9 @@ def models(task: str, names: Iterable[str]) -> dict[str, Path]:
     for name in names:
         found[name] = trained(task, name)
         beside = companions(task, name)
-        folders = sorted(path for path in beside.iterdir() if path.is_dir()) if beside.is_dir() else []
-        found |= {f"{name}.{folder.name}": folder for folder in folders}
+        contents = beside / CONTENTS
+        evaluated = json.loads(contents.read_text(encoding="utf-8"))["evaluated"] if contents.is_file() else []
+        found |= {f"{name}.{companion}": beside / companion for companion in evaluated}
     return found
 
 

@@ -9,7 +9,7 @@ from stages.parameters import load, select
 
 
 def main(key: str) -> None:
-    """Prepare the data set `key` of params.yaml from its fetched source."""
+    """Prepare the data set `key` of params.yaml from its fetched source, and with its encoder if it has one."""
     parameters = load()
     dataset = select(parameters.datasets, key, "data set")
     source = parameters.sources[dataset.source]
@@ -22,8 +22,20 @@ def main(key: str) -> None:
         "credit": source.credit,
         "redistributable": source.redistributable,
     }
+    raw = paths.raw(dataset.source)
     with new_directory(paths.prepared(dataset.task, key)) as output:
-        task.prepare(paths.raw(dataset.source), dataset, output, provenance)
+        if dataset.encoder == "none":
+            task.prepare(raw, dataset, output, provenance)
+        else:
+            # Only here: torch is not imported to prepare anything else.
+            from models.artifacts import copy_model, load_model
+
+            folder = paths.trained(dataset.task, dataset.encoder)
+            encoder, description = load_model(folder)
+            # As they were when the encoder was trained on them, and not as they lie here: no input but raw and encoder.
+            images = parameters.datasets[parameters.teachers[dataset.encoder].dataset]
+            task.prepare_encoded(raw, images, output, provenance, encoder, description)
+            copy_model(folder, output / "encoder")
 
 
 if __name__ == "__main__":

@@ -323,7 +323,7 @@ OWN = """
 sources:
   shapes: {kind: folder, path: $MY_IMAGES/shapes, tree_digest: DIGEST, licence: own, credit: me, redistributable: no}
 datasets:
-  shapes: {task: recognition, source: shapes, format: folder, image_size: 24, channels: 3,
+  shapes: {task: recognition, source: shapes, encoder: none, format: folder, image_size: 24, channels: 3,
            split: {validation: 18, test: 18}}
 teachers:
   outside: {task: recognition, dataset: shapes, start: none,

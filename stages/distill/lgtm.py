@@ -27,7 +27,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.errors import UserError
-from stages.training import Context, Method, Run, Task, Views, evaluating, peek, widen
+from stages.training import Companion, Context, Method, Run, Task, Views, evaluating, peek, widen
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -239,8 +239,8 @@ class Learner(Method):
         self._ledger = Ledger(math.ceil(task.steps / task.steps_per_epoch))
 
     @property
-    def companions(self) -> Mapping[str, nn.Module]:
-        return {"teacher": self.modules["teacher"]}
+    def companions(self) -> Mapping[str, Companion]:
+        return {"teacher": Companion(self.modules["teacher"])}
 
     def tables(self) -> Mapping[str, "pd.DataFrame"]:
         """`influence`: of every sample that was trained on, the mean of all its visits and of each epoch's."""

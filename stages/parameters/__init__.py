@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from data.errors import UserError, suggest
 from stages.parameters.shared import AnySource, Dataset, Export, Gates, Source, Student, Task, Teacher
 
-TASKS = ("recognition", "segmentation", "text")
+TASKS = ("recognition", "segmentation", "text", "zero_shot")
 CODE = "code"  # where the code lies, for dvc.yaml alone
 SECTIONS = ("sources", "datasets", "teachers", "students", "exports", "tasks", "gates")
 PER_TASK = {"tasks": "Task", "gates": "Gates"}  # sections whose entries are named after tasks
@@ -228,6 +228,23 @@ def _tags(model: type[BaseModel]) -> list[str]:
     return [tag for field in fields for tag in get_args(field.annotation)]
 
 
+def _encoder(name: str, dataset: Dataset, parameters: Parameters) -> list[str]:
+    """What is wrong with the model that a data set is encoded with."""
+    path, encoder = f"datasets.{name}.encoder", dataset.encoder
+    known = [key for key, teacher in parameters.teachers.items() if teacher.task == dataset.task and teacher.pretrained]
+    if encoder == "none":
+        return []
+    if encoder not in known:
+        return [f"{path}: unknown encoder {encoder!r} of task {dataset.task}; {suggest(encoder, known)}"]
+    images = parameters.teachers[encoder].dataset
+    if images == name or images not in parameters.datasets:
+        return [f"{path}: {encoder!r} learns from {images!r}, which has to be another data set"]
+    source = parameters.datasets[images].source
+    if source != dataset.source:
+        return [f"datasets.{name}.source: must be that of the images, datasets.{images}.source = {source!r}"]
+    return []
+
+
 def _contradictions(parameters: Parameters) -> list[str]:
     """Names that lead nowhere, and values that do not fit each other."""
     mistakes = []
@@ -237,6 +254,7 @@ def _contradictions(parameters: Parameters) -> list[str]:
                 f"datasets.{name}.source: unknown source {dataset.source!r}; "
                 f"{suggest(dataset.source, parameters.sources)}"
             )
+        mistakes.extend(_encoder(name, dataset, parameters))
     for name in parameters.teachers.keys() & parameters.students.keys():
         mistakes.append(f"students.{name}: a teacher has this name too")
     everything: dict[str, Teacher | Student] = {**parameters.teachers, **parameters.students}
@@ -268,7 +286,7 @@ def _contradictions(parameters: Parameters) -> list[str]:
                     f"{path}.teacher: unknown model {model.teacher!r} of task {model.task}; "
                     f"{suggest(model.teacher, teachers)}"
                 )
-            elif model.teacher == "none" and model.method != "alone":
+            elif model.teacher == "none" and model.needs_teacher:
                 mistakes.append(f"{path}.teacher: method {model.method!r} needs a teacher")
         if model.task not in parameters.tasks:
             mistakes.append(f"tasks.{model.task}: is missing, and {path} belongs to this task")

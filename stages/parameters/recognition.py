@@ -32,6 +32,7 @@ class Dataset(shared.Dataset):
     """
 
     task: Literal["recognition"]
+    encoder: Literal["none"]
     format: Literal["csv", "folder"]
     file: str | None = None
     image_size: Annotated[Whole, Field(ge=4)]

@@ -58,6 +58,7 @@ class Dataset(shared.Dataset):
     """
 
     task: Literal["segmentation"]
+    encoder: Literal["none"]
     format: Literal["scenes", "folders", "cityscapes", "voc"]
     image_size: Size
     fit: Literal["resize", "pad"] = "resize"

@@ -121,10 +121,11 @@ class Training(Section):
 
 
 class Dataset(Section):
-    """Named, versioned input of one task."""
+    """Named, versioned input of one task. `encoder` names a teacher that makes its features, or `none`."""
 
     task: str
     source: str
+    encoder: str
 
 
 class Origin(Section):
@@ -175,6 +176,11 @@ class Student(Section):
     method: str
     teacher: str
     training: Training
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether `none` is no teacher for it."""
+        return self.method != "alone"
 
     @property
     def origins(self) -> list[Origin]:

@@ -93,6 +93,7 @@ class Dataset(shared.Dataset):
     """
 
     task: Literal["text"]
+    encoder: Literal["none"]
     format: Literal["table", "orange", "glue"]
     files: Files | None = None
     columns: Columns = Columns()

@@ -8,7 +8,7 @@ drives it: checkpoints, exact resumption, records, progress. `Run` (run.py) is t
 
 from stages.training.features import Align, FeatureMethod, Generator, channel_divergence, widen
 from stages.training.loop import Stopped, train
-from stages.training.method import Context, Method, evaluating
+from stages.training.method import Companion, Context, Method, evaluating
 from stages.training.optimizers import AdamW, peek
 from stages.training.run import Run
 from stages.training.streams import Stream, derive_seed
@@ -17,6 +17,7 @@ from stages.training.task import Task, Views
 __all__ = [
     "AdamW",
     "Align",
+    "Companion",
     "Context",
     "FeatureMethod",
     "Generator",

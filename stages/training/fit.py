@@ -5,8 +5,9 @@ import dataclasses
 import fcntl
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -18,9 +19,12 @@ from stages.code import code_digest
 from stages.parameters.shared import Student, Teacher
 from stages.records import FILE, Record, write_curves
 from stages.training.loop import train
-from stages.training.method import Method, evaluating
+from stages.training.method import Companion, Method, evaluating
 from stages.training.run import Run
 from stages.training.task import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def describe(
@@ -95,10 +99,9 @@ def fit(
             monitor_every=task.steps_per_epoch,
         )
         if run.rank == 0:
-            if stage == "distill":
-                _write_companions(description, learner, before)
             rows = {name: stream.size for name, stream in learner.streams.items()}
-            _write(dataclasses.replace(description, rows=rows), learner.student, record)
+            written = _write(dataclasses.replace(description, rows=rows), learner.student, record)
+            _write_companions(written, learner.companions, learner.tables(), before)
             shutil.rmtree(paths.checkpoints(stage, key))
 
 
@@ -109,7 +112,7 @@ def adopt(stage: str, description: Description, task: Task) -> None:
     with exclusive(stage, key), evaluating(task.student):
         record = Record(paths.checkpoints(stage, key) / name[:16] / FILE, {"stage": stage, "key": key, "digest": name})
         record.write(0, {f"validation/{metric}": value for metric, value in task.monitor(task.student).items()})
-        _write(description, task.student, record.path)
+        _write_companions(_write(description, task.student, record.path), {}, {}, None)
         shutil.rmtree(paths.checkpoints(stage, key))
 
 
@@ -137,32 +140,43 @@ def exclusive(stage: str, key: str) -> Iterator[None]:
         yield
 
 
-def _write_companions(student: Description, learner: Method, teacher: Description | None) -> None:
-    """What was trained beside a student: its teacher's description with the student's recipe, and its own weights."""
-    with new_directory(paths.companions(student.task, student.name)) as output:
-        for name, network in learner.companions.items():
+def _write_companions(
+    model: Description,
+    companions: Mapping[str, Companion],
+    tables: Mapping[str, "pd.DataFrame"],
+    teacher: Description | None,
+) -> None:
+    """What was trained beside a model: the teacher's description with the model's recipe, and weights of its own."""
+    with new_directory(paths.companions(model.task, model.name)) as output:
+        for name, (network, built_from, _) in companions.items():
             (output / name).mkdir()
+            like = model if built_from or teacher is None else teacher
             description = dataclasses.replace(
-                teacher or student,
-                name=f"{student.name}.{name}",
-                recipe=student.recipe,
-                dataset=student.dataset,
+                like,
+                name=f"{model.name}.{name}",
+                kind="companion",
+                network=built_from or like.network,
+                recipe=model.recipe,
+                dataset=model.dataset,
                 teacher=None,
                 start=_reference(teacher),
-                sources=student.sources,
-                rows={stream: data.size for stream, data in learner.streams.items()},
+                beside=_reference(model),
+                sources=model.sources,
+                rows=model.rows,
             )
             save_model(output / name, network, description)
-        tables = learner.tables()
         for name, table in tables.items():
             table.to_csv(output / f"{name}.csv", index=False, lineterminator="\n")
+        evaluated = [name for name, companion in companions.items() if companion.evaluated]
+        contents = {"models": list(companions), "evaluated": evaluated, "tables": list(tables)}
         # DVC warns of an output that is an empty folder.
-        write_json(output / "contents.json", {"models": list(learner.companions), "tables": list(tables)})
+        write_json(output / paths.CONTENTS, contents)
 
 
-def _write(description: Description, network: nn.Module, record: Path) -> None:
-    """The model folder, complete or absent, and the curves."""
+def _write(description: Description, network: nn.Module, record: Path) -> Description:
+    """The model folder, complete or absent, and the curves; the description with the digest of its weights."""
     with new_directory(paths.trained(description.task, description.name)) as output:
-        save_model(output, network, description)
+        written = save_model(output, network, description)
         shutil.copyfile(record, output / FILE)
     write_curves(record, paths.curves(description.task, description.name))
+    return written

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,19 @@ from stages.training.streams import Stream, derive_seed
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class Companion(NamedTuple):
+    """A network that was trained beside the student, and is kept.
+
+    Attributes:
+        built_from: `network` of its description; None: that of the teacher, whose network it has, or the student's.
+        evaluated: whether it answers the question of the task; a generator does not.
+    """
+
+    network: nn.Module
+    built_from: dict[str, Any] | None = None
+    evaluated: bool = True
 
 
 class Method(ABC):
@@ -61,8 +74,8 @@ class Method(ABC):
         return self.modules["student"]
 
     @property
-    def companions(self) -> Mapping[str, nn.Module]:
-        """Networks that were trained beside the student, and are kept and evaluated too: a teacher that learnt."""
+    def companions(self) -> Mapping[str, Companion]:
+        """Networks that were trained beside the student, and are kept: a teacher that learnt, a generator."""
         return {}
 
     def tables(self) -> Mapping[str, "pd.DataFrame"]:

@@ -33,7 +33,13 @@ def save(path: Path, pixels: np.ndarray, palette: bool = False, **options: Any) 
 
 
 def dataset(form: str, **changes: Any) -> Dataset:
-    entry: dict[str, Any] = {"task": "segmentation", "source": "toy", "format": form, "image_size": [16, 20]}
+    entry: dict[str, Any] = {
+        "task": "segmentation",
+        "source": "toy",
+        "encoder": "none",
+        "format": form,
+        "image_size": [16, 20],
+    }
     return Dataset.model_validate(
         {**entry, **({"validation": 0.3} if form in ("cityscapes", "voc") else {}), **changes}
     )

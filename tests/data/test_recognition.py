@@ -257,6 +257,7 @@ def csv_dataset(channels: int, size: int, classes: int) -> Dataset:
         {
             "task": "recognition",
             "source": "toy",
+            "encoder": "none",
             "format": "csv",
             "file": "toy.csv",
             "image_size": size,
@@ -343,7 +344,14 @@ def test_a_channel_that_never_changes_is_not_divided_by_zero(tmp_path: Path) -> 
 def test_folders_are_prepared_with_their_original_sizes(tmp_path: Path) -> None:
     for index, (height, width) in enumerate([(6, 9), (8, 6), (6, 6), (12, 7)] * 6):
         save(tmp_path / "raw" / "ab"[index % 2] / f"{index:02}.png", some_images(1, 3, 12, index)[0].T[:height, :width])
-    entry = {"task": "recognition", "source": "toy", "format": "folder", "image_size": 6, "channels": 3}
+    entry = {
+        "task": "recognition",
+        "source": "toy",
+        "encoder": "none",
+        "format": "folder",
+        "image_size": 6,
+        "channels": 3,
+    }
     dataset = Dataset.model_validate({**entry, "split": {"validation": 4, "test": 4}})
     (tmp_path / "out").mkdir()
     prepare(tmp_path / "raw", dataset, tmp_path / "out", PROVENANCE)

@@ -67,6 +67,7 @@ def dataset(**scenes: Any) -> Dataset:
         {
             "task": "segmentation",
             "source": "toy",
+            "encoder": "none",
             "format": "scenes",
             "image_size": [32, 36],
             "digits": "digits.csv",

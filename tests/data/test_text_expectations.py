@@ -45,6 +45,7 @@ def build(
     entry = {
         "task": "text",
         "source": "toy",
+        "encoder": "none",
         "format": "table",
         "files": {name: f"{name}.csv" for name in parts},
         "tokenizer": files.WORDPIECE,
@@ -89,7 +90,7 @@ def test_pairs_with_scores_are_sound_but_for_the_scores_that_nobody_gave() -> No
     files.write_glue_task(Path("data/raw/toy"), "STS-B")
     build()
     raw = yaml.safe_load(Path("params.yaml").read_text())
-    entry = {"task": "text", "source": "toy", "format": "glue", "glue": "STS-B", "folder": "STS-B",
+    entry = {"task": "text", "source": "toy", "encoder": "none", "format": "glue", "glue": "STS-B", "folder": "STS-B",
              "metric": "spearman", "split": {"validation": 8}, "tokenizer": files.WORDPIECE}  # fmt: skip
     raw["datasets"]["tiny"] = entry
     Path("params.yaml").write_text(yaml.safe_dump(raw))

@@ -106,7 +106,7 @@ def write_glue_task(raw: Path, task: str, train: int = 60, test: int = 12) -> No
 
 
 def dataset(**fields: Any) -> Dataset:
-    return Dataset.model_validate({"task": "text", "source": "toy", **fields})
+    return Dataset.model_validate({"task": "text", "source": "toy", "encoder": "none", **fields})
 
 
 def table_entry(**fields: Any) -> Dataset:

@@ -144,7 +144,7 @@ class Small:
         rights = {"licence": "none", "credit": "nobody", "redistributable": self.redistributable}
         common = {"task": self.task, "dataset": "tiny"}
         students = {name: model for name, model in self.models.items() if model.method}
-        dataset = {"task": self.task, "source": "tiny", **self.dataset}
+        dataset = {"task": self.task, "source": "tiny", "encoder": "none", **self.dataset}
         entries = {
             name: {
                 **common,

@@ -81,7 +81,7 @@ def prepare(folder: Path, kind: str) -> Path:
     raw, prepared = folder / "raw", folder / "prepared"
     raw.mkdir()
     prepared.mkdir()
-    common = {"task": TASK, "source": "raw", "length": 16}
+    common = {"task": TASK, "source": "raw", "encoder": "none", "length": 16}
     texts = [*sentences(190, 0), *sentences(10, 1), NORMALISED]
     if kind == "letters":
         labels = [("grain", "trade", "acq")[index % 3] for index in range(len(texts))]

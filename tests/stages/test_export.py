@@ -29,7 +29,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     names = ["a", "b", "c"]
     parameters = {
         "sources": {"x": {"kind": "folder", "path": ".", "tree_digest": "0" * 64, "licence": "-", "credit": "-"}},
-        "datasets": {"x": {"task": "recognition", "source": "x", "format": "csv", "file": "x.csv", "image_size": 8}},
+        "datasets": {
+            "x": {
+                "task": "recognition",
+                "source": "x",
+                "encoder": "none",
+                "format": "csv",
+                "file": "x.csv",
+                "image_size": 8,
+            }
+        },
         "teachers": {"big": {"task": "recognition", "dataset": "x", "start": "none", "network": network}},
         "students": {
             "small": {"task": "recognition", "dataset": "x", "method": "alone", "teacher": "none", "resolution": 4}

@@ -37,7 +37,9 @@ def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     common = {"task": "segmentation", "dataset": "x"}
     parameters: dict[str, Any] = {
         "sources": {"x": {"kind": "folder", "path": ".", "tree_digest": "0" * 64, "licence": "-", "credit": "-"}},
-        "datasets": {"x": {"task": "segmentation", "source": "x", "format": "folders", "image_size": SIZE}},
+        "datasets": {
+            "x": {"task": "segmentation", "source": "x", "encoder": "none", "format": "folders", "image_size": SIZE}
+        },
         "teachers": {"big": {**common, "start": "none", "network": network}},
         "students": {"small": {**common, "method": "alone", "teacher": "none", "network": network}},
         "exports": {"small": common},

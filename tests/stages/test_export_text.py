@@ -38,7 +38,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         },
         "datasets": {
             "x": {
-                "task": "text", "source": "x", "format": "table", "files": {"train": "x.csv"}, "length": LENGTH,
+                "task": "text", "source": "x", "encoder": "none", "format": "table",
+                "files": {"train": "x.csv"}, "length": LENGTH,
                 "split": {"validation": 7, "test": 3}, "tokenizer": {"kind": "wordpiece"},
             }
         },

@@ -31,7 +31,13 @@ def write(pair: bool = False) -> None:
     network = {"name": "bert", "layers": 1, "hidden": 4, "heads": 1}
     common = {"task": "text", "dataset": "x", "network": network}
     source = {"kind": "folder", "path": ".", "tree_digest": "0" * 64, "licence": "-", "credit": "-"}
-    data: dict[str, Any] = {"task": "text", "source": "x", "format": "table", "files": {"train": "x.csv"}}
+    data: dict[str, Any] = {
+        "task": "text",
+        "source": "x",
+        "encoder": "none",
+        "format": "table",
+        "files": {"train": "x.csv"},
+    }
     data |= {"split": {"validation": 1, "test": 1}, "tokenizer": {"kind": "wordpiece"}}
     parameters = {
         "sources": {"x": {**source, "redistributable": True}},

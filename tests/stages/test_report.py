@@ -55,7 +55,14 @@ def student(method: str, teacher: str, resolution: int, **more: Any) -> dict[str
 
 def parameters(redistributable: bool = True) -> dict[str, Any]:
     rights = {"licence": "none", "credit": CREDIT, "redistributable": redistributable}
-    data = {"task": "recognition", "source": "tiny", "format": "csv", "file": "tiny.csv", "classes": CLASSES}
+    data = {
+        "task": "recognition",
+        "source": "tiny",
+        "encoder": "none",
+        "format": "csv",
+        "file": "tiny.csv",
+        "classes": CLASSES,
+    }
     teacher = {"task": "recognition", "dataset": "tiny", "start": "none", "network": {"name": "resnet", "widths": [8]}}
     return {
         "sources": {"tiny": {"kind": "folder", "path": "unused", "tree_digest": "0" * 64, **rights}},

@@ -60,7 +60,14 @@ def parameters() -> dict[str, Any]:
     return {
         "sources": {"tiny": {"kind": "folder", "path": "unused", "tree_digest": "0" * 64, **rights}},
         "datasets": {
-            "tiny": {"task": TASK, "source": "tiny", "format": "folders", "image_size": SIZE, "classes": CLASSES},
+            "tiny": {
+                "task": TASK,
+                "source": "tiny",
+                "encoder": "none",
+                "format": "folders",
+                "image_size": SIZE,
+                "classes": CLASSES,
+            },
         },
         "teachers": {f"{TASK}-teacher": {**common, "start": "none", "network": network(8)}},
         "students": students,

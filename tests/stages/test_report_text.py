@@ -44,7 +44,14 @@ def write(path: str, value: Any) -> None:
 def parameters(metric: str = "accuracy") -> dict[str, Any]:
     common = {"task": "text", "dataset": "tiny"}
     source = {"kind": "folder", "path": "unused", "tree_digest": "0" * 64, "licence": "-", "credit": "-"}
-    data = {"task": "text", "source": "tiny", "format": "table", "files": {"train": "x.csv"}, "length": 16}
+    data = {
+        "task": "text",
+        "source": "tiny",
+        "encoder": "none",
+        "format": "table",
+        "files": {"train": "x.csv"},
+        "length": 16,
+    }
     data |= {"split": {"validation": VALIDATION, "test": TEST}, "tokenizer": {"kind": "wordpiece"}, "metric": metric}
     return {
         "sources": {"tiny": {**source, "redistributable": True}},

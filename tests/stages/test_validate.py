@@ -51,6 +51,7 @@ def build(pixels: np.ndarray, labels: np.ndarray, **expect: Any) -> None:
             "tiny": {
                 "task": "recognition",
                 "source": "tiny",
+                "encoder": "none",
                 "format": "csv",
                 "file": "tiny.csv",
                 "image_size": SIZE,

@@ -34,6 +34,7 @@ def write(folder: Path, count: int = 90, classes: list[str] = CLASSES, **fields:
     entry = {
         "task": "text",
         "source": "toy",
+        "encoder": "none",
         "format": "table",
         "separator": "tab",
         "files": {"train": "train.tsv"},

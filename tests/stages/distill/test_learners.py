@@ -33,6 +33,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "task": "recognition",
             "source": "x",
+            "encoder": "none",
             "format": "csv",
             "file": "x.csv",
             "image_size": 12,
