@@ -140,6 +140,10 @@ class ESZSL(AnyStudent):
     feature_penalty: Rate = 1.0
     attribute_penalty: Rate = 1.0
 
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
     @model_validator(mode="after")
     def _linear(self) -> "ESZSL":
         if self.network.hidden is not None or "training" in self.model_fields_set:
