@@ -244,8 +244,8 @@ def _extended(entry: Extended, prepared: Path, description: Mapping[str, Any], r
     path = "students.*.added"
     if told.dataset["digest"] != sha256(prepared / "manifest.csv"):
         raise UserError(
-            f"{told.name} was made from {told.dataset['name']!r} as it was before (digest {told.dataset['digest']}), and "
-            "the real samples of its seen classes are needed again · run `dvc repro` for it"
+            f"{told.name} was made from {told.dataset['name']!r} as it was before (digest {told.dataset['digest']}), "
+            "and the real samples of its seen classes are needed again · run `dvc repro` for it"
         )
     generator, _ = load_model(paths.companions(told.task, told.name) / "generator")
     known = cast(models.Generator, generator).attributes
