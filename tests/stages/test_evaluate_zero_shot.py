@@ -1,10 +1,8 @@
 """Figures of zero-shot recognition against loops over classes, samples and handicaps, in float64."""
 
-import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,11 +14,12 @@ from sklearn import metrics as sklearn
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from zero_shot_files import CLASSES, FEATURES, ROLES, SEEN, Lookup, describe, write_prepared
+import itertools
+
+from zero_shot_files import CLASSES, ROLES, SEEN, Lookup, describe, write_prepared
 
 from models.artifacts import save_model
 from models.zero_shot import build
-from stages.evaluate import zero_shot
 from stages.evaluate.zero_shot import (
     COLUMNS,
     answers,
@@ -77,7 +76,7 @@ def plain_predictions(
     for row in logits:
         lowered = [value - handicap if label in seen else value for label, value in enumerate(row)]
         candidates = range(len(row)) if allowed is None else sorted(allowed)
-        chosen.append(max(candidates, key=lambda label, lowered=lowered: (lowered[label], -label)))  # type: ignore[misc]
+        chosen.append(max(candidates, key=lambda label, lowered=lowered: (lowered[label], -label)))
     return chosen
 
 
@@ -179,7 +178,7 @@ def test_the_trade_off_is_that_of_every_handicap(seed: int, ties: bool) -> None:
     rivals = [label for label in range(logits.shape[1]) if label not in seen]
     leads = {float(row[seen].max() - row[rivals].max()) for row in logits}
     ends = sorted(leads)
-    middles = [(one + other) / 2 for one, other in zip(ends[:-1], ends[1:], strict=True)]
+    middles = [(one + other) / 2 for one, other in itertools.pairwise(ends)]
     assert curve.handicaps == pytest.approx([ends[0] - 1, *middles, ends[-1] + 1])
     for handicap, *values in zip(curve.handicaps, curve.seen, curve.unseen, strict=True):
         guesses = plain_predictions(logits, seen, handicap)
@@ -204,7 +203,7 @@ def test_the_trade_off_is_monotone_and_meets_the_axes(seed: int, ties: bool) -> 
     assert curve.seen[-1] == curve.unseen[0] == 0
     assert curve.seen[0] == pytest.approx(plain_accuracy(plain_predictions(logits, seen, 0, seen), labels, seen))
     points = sorted(zip(curve.unseen, curve.seen, strict=True), key=lambda pair: (pair[0], -pair[1]))
-    trapezoids = [(b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(points[:-1], points[1:], strict=True)]
+    trapezoids = [(b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points)]
     assert curve.area == pytest.approx(sum(trapezoids), abs=1e-12)
     assert 0 <= curve.area <= curve.seen[0] * curve.unseen[-1] + 1e-12
     # Restricted to the unseen classes, none of their samples can be taken for another.
