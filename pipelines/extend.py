@@ -9,8 +9,8 @@ FILE is a CSV with a header: the attributes of the data set by their names (`att
 order, and a column `name`. Without --class every row is a new class. With --class it is the row of that name; the
 column may then be left out where a file has one row.
 
-Attributes are given in the units of the data set. Where all its rows have length 1, the new ones are divided by their
-length, so that raw numbers do as well.
+Attributes are given in raw units. They are divided by the `divisors` of dataset.json where it has any; where all rows
+of the data set have length 1, each new row is divided by its length, too.
 """
 
 import argparse
@@ -53,6 +53,11 @@ DIGITS = 7  # of float32, in which attributes are kept
 WIDTH = 120  # of a line in params.yaml
 WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # other things to some reader of YAML
 SHOWN = 5  # names in a message
+OPENING = (
+    *(yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken),
+    *(yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken),
+)
+CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,13 @@ class Known:
 
     Attributes:
         classes: names, in the order of its logits. attributes: (classes, A), as its generator has them.
-        names: of the A attributes.
+        names: of the A attributes. divisors: what raw attributes (A,) were divided by, before the length of rows.
     """
 
     classes: list[str]
     attributes: np.ndarray
     names: list[str]
+    divisors: np.ndarray
 
 
 def extend(student: str, name: str, requests: Sequence[tuple[str | None, Path]]) -> None:
@@ -87,11 +93,10 @@ def extend(student: str, name: str, requests: Sequence[tuple[str | None, Path]])
         for label, numbers in read(file, known.names, wanted).items():
             _check_name(label, known.classes, rows)
             rows[label] = numbers
-    added, unit = in_units(rows, known.attributes)
+    added, said = in_units(rows, known)
     for label, nearest, cosine in alike(added, known):
         print(f"{label}: nearest by its attributes is {nearest} (cosine {cosine:.3f})")
-    if unit:
-        print("attributes were divided by their length: every row of the data set has length 1")
+    print(f"attributes were {said}")
     entry = Extended(
         task=TASK, dataset=old.dataset, method="extended", teacher=student, added=added, **_classifier(old)
     )
@@ -136,7 +141,8 @@ def _known(student: str, dataset: str) -> Known:
     prepared = paths.prepared(TASK, dataset)
     if not (prepared / "dataset.json").is_file():
         raise UserError(f"{prepared / 'dataset.json'} is missing · run `dvc repro prepare@{dataset}`")
-    names = data.describe(prepared)["attributes"]
+    described = data.describe(prepared)
+    names = described["attributes"]
     attributes = load_file(folder / "weights.safetensors")["attributes"]
     classes = description.interface["classes"]
     if attributes.shape != (len(classes), len(names)):
@@ -144,7 +150,8 @@ def _known(student: str, dataset: str) -> Known:
             f"the generator in {folder} knows attributes of shape {attributes.shape}, and {student} has {len(classes)} "
             f"classes, {dataset!r} {len(names)} attributes · {repair}"
         )
-    return Known(classes, attributes.astype(np.float64), names)
+    divisors = np.array(described.get("divisors", [1.0] * len(names)))
+    return Known(classes, attributes.astype(np.float64), names, divisors)
 
 
 def read(file: Path, names: Sequence[str], wanted: str | None = None) -> dict[str, list[float]]:
@@ -219,23 +226,23 @@ def _check_name(label: str, classes: Sequence[str], others: Mapping[str, Any]) -
         raise UserError(f"class {label!r} {whose} · give the new one another name")
 
 
-def in_units(rows: Mapping[str, Sequence[float]], known: np.ndarray) -> tuple[dict[str, list[float]], bool]:
-    """Attributes as the data set has them, and whether they were divided by their length for it.
-
-    Args:
-        known: (classes, A) those that are there already.
+def in_units(rows: Mapping[str, Sequence[float]], known: Known) -> tuple[dict[str, list[float]], str]:
+    """Raw attributes as the data set has them, and what was done to them.
 
     Raises:
-        UserError: all attributes of a class are 0, and lengths are 1.
+        UserError: all attributes of a class are 0, and rows have length 1.
     """
-    unit = bool((np.abs(np.linalg.norm(known, axis=1) - 1) < LENGTH).all())
+    unit = bool((np.abs(np.linalg.norm(known.attributes, axis=1) - 1) < LENGTH).all())
     found = {}
     for label, numbers in rows.items():
-        length = math.hypot(*numbers) if unit else 1.0
+        row = np.array(numbers) / known.divisors
+        length = np.linalg.norm(row) if unit else 1.0
         if length == 0:
             raise UserError(f"all attributes of class {label!r} are 0, and those of the data set have length 1")
-        found[label] = [float(f"{value / length:.{DIGITS}g}") for value in numbers]
-    return found, unit
+        found[label] = [float(f"{value:.{DIGITS}g}") for value in row / length]
+    said = ["divided by the divisors of the data set"] * bool((known.divisors != 1).any())
+    said += ["divided by their length, as every row of the data set has length 1"] * unit
+    return found, ", and ".join(said) or "taken as they are"
 
 
 def alike(added: Mapping[str, Sequence[float]], known: Known) -> list[tuple[str, str, float]]:
@@ -275,6 +282,8 @@ def _write(parameters: Parameters, name: str, entry: Extended, exported: Export)
         return
     if name in {**parameters.teachers, **parameters.students}:
         raise UserError(f"there is another model {name!r} in params.yaml · choose another --name")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "none":
+        raise UserError(f"--name {name!r}: a name consists of letters, digits, '-' and '_', and is not 'none'")
     wanted = replace(
         parameters,
         students={**parameters.students, name: entry},
@@ -305,46 +314,56 @@ def insert(text: str, section: str, name: str, entry: Mapping[str, Any]) -> str:
     place, column = _end_of(text, section)
     newline = "\r\n" if "\r\n" in text else "\n"
     indent = " " * column
-    lines = [f"{indent}{_word(name)}:"]
-    for key, value in entry.items():
-        if key != "added":
-            lines.append(f"{indent * 2}{key}: {_flow(value)}")
-            continue
-        lines.append(f"{indent * 2}{key}:")
-        for label, numbers in value.items():
-            start = f"{indent * 3}{json.dumps(label, ensure_ascii=False)}: ["
-            for last, number in enumerate(numbers, start=1):
-                word = _flow(number) + (", " if last < len(numbers) else "]")
-                if len(start) + len(word.rstrip()) > WIDTH:
-                    lines.append(start.rstrip())
-                    start = indent * 4
-                start += word
-            lines.append(start)
+    if "added" in entry:
+        lines = [f"{indent}{_word(name)}:"]
+        lines += [f"{indent * 2}{key}: {_flow(value)}" for key, value in entry.items() if key != "added"]
+        lines += [f"{indent * 2}added:", *_table(entry["added"], indent)]
+    else:
+        lines = [f"{indent}{_word(name)}: {_flow(entry)}"]
     return text[:place] + "".join(newline + line for line in lines) + text[place:]
 
 
+def _table(rows: Mapping[str, Sequence[float]], indent: str) -> list[str]:
+    """Lines with a list of numbers per class, none too long."""
+    lines = []
+    for label, numbers in rows.items():
+        line = f"{indent * 3}{json.dumps(label, ensure_ascii=False)}: ["
+        for place, number in enumerate(numbers):
+            word = _flow(number) + ("]" if place == len(numbers) - 1 else ",")
+            if len(line) + len(word) > WIDTH:
+                lines.append(line.rstrip())
+                line = indent * 4
+            line += f"{word} "
+        lines.append(line.rstrip())
+    return lines
+
+
 def _end_of(text: str, section: str) -> tuple[int, int]:
-    """Where the last line of a section ends, comments below its last entry included; the column of its entries."""
-    depth, last, column = 0, None, -1
+    """Where the last line of a section ends, comments below its last entry included; the column of its entries.
+
+    Raises:
+        UserError: as `insert`.
+    """
     tokens = list(yaml.scan(text))
-    for before, key, after, token in zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False):
-        opens = isinstance(before, yaml.BlockMappingStartToken | yaml.BlockSequenceStartToken)
-        opens = opens or isinstance(before, yaml.FlowMappingStartToken | yaml.FlowSequenceStartToken)
-        closes = isinstance(before, yaml.BlockEndToken | yaml.FlowMappingEndToken | yaml.FlowSequenceEndToken)
-        depth += opens - closes
-        if column >= 0 and depth == 1:
-            break
-        if column >= 0:
-            last = last if isinstance(before, yaml.BlockEndToken) else before
-        elif depth == 1 and isinstance(before, yaml.KeyToken) and getattr(key, "value", None) == section:
-            if not isinstance(token, yaml.BlockMappingStartToken) or not isinstance(after, yaml.ValueToken):
-                break
-            column = token.start_mark.column
-    if last is None:
+    # What stands in the first column is a section: key, name, value, and what it begins with.
+    keys = [place for place, token in enumerate(tokens) if isinstance(token, yaml.KeyToken) and not _column(token)]
+    begin = next((place + 3 for place in keys if getattr(tokens[place + 1], "value", None) == section), None)
+    if begin is None or not isinstance(tokens[begin], yaml.BlockMappingStartToken):
         raise UserError(f"params.yaml has no section `{section}` of lines, one entry below the other · write it so")
+    depth, last = 0, tokens[begin]
+    for token in tokens[begin:]:
+        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+        if depth == 0:
+            break
+        if not isinstance(token, yaml.BlockEndToken):
+            last = token
     place = len(text[: last.end_mark.index].rstrip())
-    found = re.compile(r"[^\r\n]*(\r?\n[ \t]+#[^\r\n]*)*").match(text, place)
-    return found.end() if found else place, column
+    rest = re.compile(r"[^\r\n]*(\r?\n[ \t]+#[^\r\n]*)*").match(text, place)
+    return rest.end() if rest else place, _column(tokens[begin])
+
+
+def _column(token: yaml.Token) -> int:
+    return int(token.start_mark.column)
 
 
 def _flow(value: Any) -> str:

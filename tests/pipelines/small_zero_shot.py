@@ -105,6 +105,11 @@ class SmallZeroShot(Small):
     def _write_model(self, name: str, model: Model, data: str) -> tuple[str, str]:
         self.writing = name
         weights, onnx = super()._write_model(name, model, data)
+        if "." not in name:
+            file = self.folder / f"models/trained/{self.task}/{name}/model.json"
+            kind = "student" if model.method else "teacher"
+            more = {"kind": kind, "network": {"name": "mlp", "hidden": 8, "encoder": None}, "recipe": {}}
+            file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
         if model.method in ("d3gzsl", "extended"):
             self.write_generator(name, weights)
         return weights, onnx
