@@ -234,7 +234,7 @@ def make_renderings(raw: Path, dataset: Any) -> Samples:
     classes, attributes, names = describe_renderings()
     for name in dataset.unseen:
         _known(name, classes, "unseen")
-    _once(dataset.unseen, "unseen")
+    _once(dataset.unseen, "`unseen` of the data set")
     roles = [UNSEEN if name in dataset.unseen else SEEN for name in classes]
     roles = _with_validation_classes(classes, roles, dataset.split)
     seen = [name.split("-", 1) for name, role in zip(classes, roles, strict=True) if role == SEEN]
@@ -310,8 +310,8 @@ def published(arrays: Mapping[str, Any], where: object, first: int = 0) -> Publi
                 f"{where}: {name} has shape {shape} (a row per {'class' if name == 'att' else 'sample'}), but {wanted} "
                 f"goes with {what} · is the file complete, and not transposed?"
             )
-    _once(classes, "allclasses_names", where)
-    _once(names, "attribute_names", where)
+    _once(classes, f"{where}: allclasses_names")
+    _once(names, f"{where}: attribute_names")
     labels = _numbers(arrays["labels"], "labels", where, first, len(classes), "class")
     located = {name: _numbers(arrays[name], name, where, first, len(labels), "sample") for name in LOCATIONS}
     _check_places(located, where, first)
@@ -478,9 +478,9 @@ def _known(name: str, classes: Sequence[str], where: str) -> None:
         raise UserError(f"`{where}` of the data set names an unknown class {name!r}; {suggest(name, classes)}")
 
 
-def _once(names: Sequence[str], what: str, where: object = "the data set") -> None:
+def _once(names: Sequence[str], what: str) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{what} of {where} names {twice[0]!r} twice · names tell apart; correct it")
+        raise UserError(f"{what} names {twice[0]!r} twice · names tell apart; correct it")
 
 
 def _with_validation_classes(classes: Sequence[str], roles: Sequence[str], settings: Any) -> list[str]:
@@ -498,7 +498,7 @@ def _with_validation_classes(classes: Sequence[str], roles: Sequence[str], setti
         _known(name, classes, where)
         if name not in seen:
             raise UserError(f"class {name!r} is unseen, and named in `{where}` · a class has one role; take it out")
-    _once(chosen, f"`{where}`")
+    _once(chosen, f"`{where}` of the data set")
     if len(chosen) == len(seen):
         raise UserError(f"`{where}` names all {len(seen)} seen classes · leave one at least to train with")
     return [VALIDATION if name in chosen else role for name, role in zip(classes, roles, strict=True)]
