@@ -56,9 +56,15 @@ class Scale(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Small images to features: a 3x3 stem, then residual stages, the mean over positions of what their ReLU gives."""
+    """Small images to features: a 3x3 stem, then residual stages, the mean over positions of what their ReLU gives.
 
-    def __init__(self, normalise: Normalise, channels: int, classes: int, widths: Sequence[int], blocks: int) -> None:
+    Args:
+        classes: of the linear classifier that it learns with; None leaves it out, where features are all that is asked.
+    """
+
+    def __init__(
+        self, normalise: Normalise, channels: int, classes: int | None, widths: Sequence[int], blocks: int
+    ) -> None:
         super().__init__()
         self.normalise = normalise
         self.stem = nn.Sequential(
@@ -67,12 +73,17 @@ class Encoder(nn.Module):
         before = [widths[0], *(width for width in widths for _ in range(blocks))]
         strides = [2 if block == 0 and stage > 0 else 1 for stage in range(len(widths)) for block in range(blocks)]
         self.stages = nn.Sequential(*map(Block, before[:-1], before[1:], strides))
-        self.classifier = nn.Linear(widths[-1], classes)
+        self.classifier = None if classes is None else nn.Linear(widths[-1], classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, channels, H, W) in [0, 1] to (B, widths[-1])."""
+        found: Tensor = self.stages(self.stem(self.normalise(images))).mean((2, 3))
+        return found
 
     def forward(self, images: Tensor) -> Output:
         """(B, channels, H, W) in [0, 1]."""
-        features = self.stages(self.stem(self.normalise(images))).mean((2, 3))
-        return Output(features, features, self.classifier(features))
+        features = self.features(images)
+        return Output(features, features, cast(nn.Linear, self.classifier)(features))
 
 
 class MLP(nn.Module):
@@ -93,7 +104,7 @@ class MLP(nn.Module):
     def forward(self, inputs: Tensor) -> Output:
         """(B, D) features as they were prepared, or (B, channels, H, W) images in [0, 1]."""
         if inputs.dim() == 4:
-            inputs = cast(Encoder, self.encoder)(inputs).features
+            inputs = cast(Encoder, self.encoder).features(inputs)
         scaled = self.scale(inputs)
         embedding = self.embedding(scaled)
         return Output(scaled, embedding, self.classifier(embedding))
@@ -110,6 +121,12 @@ class Generator(nn.Module):
         self.fc1 = nn.Linear(noise + attributes, hidden)
         self.fc2 = nn.Linear(hidden, features)
         self.register_buffer("attributes", torch.zeros(classes, attributes))
+
+    @property
+    def built_from(self) -> dict[str, Any]:
+        """`network` of its description."""
+        width = {"attributes": self.attributes.shape[1], "noise": self.noise, "hidden": self.fc1.out_features}
+        return {"name": "generator", **width}
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         """(B, noise) and (B,) int64 to (B, D).
@@ -203,13 +220,13 @@ def build(description: Mapping[str, Any]) -> nn.Module:
         return _encoder(network, images, classes)
     if name == "mlp":
         encoder = network.pop("encoder")
-        inside = None if encoder is None else _encoder(encoder, images, encoder["classes"])
+        inside = None if encoder is None else _encoder(encoder, images, None)
         return MLP(interface["features"], classes, network["hidden"], inside)
     if name == "snapshots":
         return nn.ModuleList(MLP(interface["features"], classes, network["hidden"]) for _ in range(network["count"]))
     return Generator(interface["features"], classes, **network)
 
 
-def _encoder(network: Mapping[str, Any], images: Mapping[str, Any], classes: int) -> Encoder:
+def _encoder(network: Mapping[str, Any], images: Mapping[str, Any], classes: int | None) -> Encoder:
     normalise = Normalise(images["mean"], images["std"])
     return Encoder(normalise, images["channels"], classes, network["widths"], network["blocks"])

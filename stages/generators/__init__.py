@@ -1,1 +1,1 @@
-"""Generators of features from attributes: one file per way to train them, chosen by name."""
+"""How features of a class are synthesised from its attributes: one file per generator, and what they share."""

@@ -205,7 +205,7 @@ class Distribution(Section):
 
 
 class Classifier(Section):
-    """How the last layer comes about.
+    """How the last layer comes about, once generator and hidden layer are there.
 
     `end_to_end` is the student's own, trained along. `two_stage` is a new one: `samples` synthesised of every unseen
     class beside all real ones of seen classes, embedded, and a softmax trained on them.
@@ -236,7 +236,8 @@ class D3GZSL(AnyStudent):
 
     Without `distribution` it is the generator alone, with a two-stage classifier and no teacher. Every `select_every`
     epochs the student is measured on the validation split: the best by harmonic mean is kept, the one at the end
-    beside it. 0 keeps the one at the end.
+    beside it. 0 keeps the one at the end. `test_best` keeps a copy of the student of every such epoch, from which
+    evaluation says, labelled so, what selection on the test split would have given.
     """
 
     method: Literal["d3gzsl"]
@@ -244,6 +245,7 @@ class D3GZSL(AnyStudent):
     distribution: Distribution | None = Distribution()
     classifier: Classifier = Classifier(mode="end_to_end")
     select_every: Count = 10
+    test_best: bool = True
     training: GeneratorTraining = GeneratorTraining()
 
     @property
@@ -257,6 +259,8 @@ class D3GZSL(AnyStudent):
                 raise ValueError("without 'distribution' nobody teaches: 'teacher' is none")
             if self.classifier.mode == "end_to_end":
                 raise ValueError("without 'distribution' no student learns along: 'classifier.mode' is two_stage")
+            if isinstance(self.generator, CLSWGAN) and self.network.hidden is not None:
+                raise ValueError("without 'distribution' nothing trains a hidden layer: 'network.hidden' is null")
         if isinstance(self.generator, CEGZSL) and self.network.hidden is None:
             raise ValueError("generator 'cegzsl' shares the hidden layer of the student: 'network.hidden' is a number")
         return self
