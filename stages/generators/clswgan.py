@@ -15,6 +15,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from models.zero_shot import SLOPE, Critic
 from stages.generators.generator import Backbone, Settings, exactly, fixed
 
+ROWS = 512  # of weights at a time
+
 
 def critic_loss(
     critic: Critic, real: Tensor, labels: Tensor, fake: Tensor, mix: Tensor, penalty: float
@@ -35,7 +37,7 @@ def critic_loss(
     weights = (critic.fc1.weight, critic.fc1.bias, critic.fc2.weight, critic.fc2.bias)
     batch = (real.detach().to(dtype), fake.detach().to(dtype), mix.to(dtype))
     with exactly(real):
-        found: tuple[Tensor, Tensor] = _CriticLoss.apply(*weights, *batch, labels, critic.attributes, penalty)
+        found: tuple[Tensor, Tensor] = _CriticLoss.apply(*weights, *batch, critic.attributes[labels], penalty)
     return found
 
 
@@ -53,45 +55,41 @@ class _CriticLoss(torch.autograd.Function):
         real: Tensor,
         fake: Tensor,
         mix: Tensor,
-        labels: Tensor,
         attributes: Tensor,
         penalty: float,
     ) -> tuple[Tensor, Tensor]:
         batch, features = real.shape
-        of_features, of_class = first[:, :features], first[:, features:]
-        by_class = F.linear(attributes, of_class, bias)[labels]
-        hidden = real.new_empty(3 * batch, len(first))
-        pair = hidden[: 2 * batch]
-        torch.mm(torch.cat([real, fake]), of_features.T, out=pair)
-        torch.lerp(pair[batch:], pair[:batch], mix, out=hidden[2 * batch :])
-        hidden.view(3, batch, -1).add_(by_class)
-        critic = F.linear(F.leaky_relu(pair, SLOPE), last).view(2, batch).mean(1)
-        slopes = torch.where(hidden > 0, hidden.new_tensor(1.0), hidden.new_tensor(SLOPE))
-        gradient = (slopes[2 * batch :] * last) @ of_features
+        of_features, of_class = first.split([features, attributes.shape[1]], 1)
+        hidden = real.new_empty(3, batch, len(first))
+        for rows, part in ((real, hidden[0]), (fake, hidden[1])):
+            torch.mm(rows, of_features.T, out=part)
+        torch.lerp(hidden[1], hidden[0], mix, out=hidden[2])
+        hidden += F.linear(attributes, of_class, bias)
+        critic = F.linear(F.leaky_relu(hidden[:2], SLOPE), last).mean((1, 2))
+        # Over `hidden`, which is not needed any more.
+        slopes = hidden.gt_(0).mul_(1 - SLOPE).add_(SLOPE)
+        gradient = (slopes[2] * last) @ of_features
         lengths = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-        beyond = lengths - 1
-        # Over `gradient`.
-        inner = gradient.mul_(torch.where(lengths > 0, 2 * penalty / batch * beyond / lengths, 0))
-        ctx.save_for_backward(first, bias, last, constant, real, fake, labels, attributes, slopes, inner)
-        return critic[1] - critic[0], penalty * beyond.square().mean()
+        inner = gradient.mul_(torch.where(lengths > 0, 2 * penalty / batch * (1 - 1 / lengths), 0))
+        ctx.save_for_backward(first, bias, last, constant, real, fake, attributes, slopes, inner)
+        return critic[1] - critic[0], penalty * (lengths - 1).square().mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_difference: Tensor, of_penalty: Tensor) -> tuple[Tensor | None, ...]:
-        first, bias, last, constant, real, fake, labels, attributes, slopes, inner = ctx.saved_tensors
+        first, bias, last, constant, real, fake, attributes, slopes, inner = ctx.saved_tensors
         batch, features = real.shape
         share = of_difference / batch
-        of_rows = torch.cat([real * -share, fake * share, inner * of_penalty])
-        of_real, of_fake, _ = slopes.split(batch)
-        signs = real.new_zeros(len(attributes), len(first))
-        signs.index_add_(0, labels, (of_fake - of_real).mul_(share))
-        found = torch.empty_like(first)
-        torch.mm(slopes.T, of_rows, out=found[:, :features])
-        torch.mm(signs.T, attributes, out=found[:, features:])
-        of_bias = signs.sum(0)
-        of_last = (first * found).sum(1) + bias * of_bias
+        rows = torch.stack([real * -share, fake * share, inner * of_penalty])
+        change = (slopes[1] - slopes[0]).mul_(share)
+        found, of_bias = torch.empty_like(first), change.sum(0)
+        torch.mm(slopes.flatten(0, 1).T, rows.flatten(0, 1), out=found[:, :features])
+        torch.mm(change.T, attributes, out=found[:, features:])
+        # In parts: one product of all weights at once is as much memory again.
+        parts = zip(first.split(ROWS), found.split(ROWS), strict=True)
+        of_last = torch.cat([torch.linalg.vecdot(*part) for part in parts]) + bias * of_bias
         found *= last.T
-        return (found, of_bias * last[0], of_last[None], torch.zeros_like(constant), *(6 * [None]))
+        return (found, of_bias * last[0], of_last[None], torch.zeros_like(constant), *(5 * [None]))
 
 
 class Learned(Backbone):
