@@ -36,6 +36,15 @@ def instance_loss(projections: Tensor, labels: Tensor, temperature: float) -> Te
     return torch.where(count > 0, losses, 0).sum() / (count > 0).sum().clamp_min(1)
 
 
+def class_loss(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """L_cls: cross-entropy of the comparator's scores of the seen classes, divided by tau_e (card 3.3).
+
+    Shapes: F(h_i, a_c) (B, n_s), (B,) int64 columns of the right class, a scalar, the mean over B. In float32 or wider.
+    """
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return F.cross_entropy(wide / temperature, targets)
+
+
 class Learned(clswgan.Learned):
     """L_D + L_ins + L_cls for critic, projection, comparator and the shared embedding; the generator's with weights."""
 
@@ -60,7 +69,8 @@ class Learned(clswgan.Learned):
         with exactly(real):
             hidden = self._embedding(real)
             terms["instance"] = instance_loss(self.projection(hidden), labels, self._settings.instance_temperature)
-            terms["class"] = self._class_loss(self.comparator(hidden, self._described), labels)
+            scores = self.comparator(hidden, self._described)
+        terms["class"] = class_loss(scores, self._column[labels], self._settings.class_temperature)
         return terms
 
     def generator_terms(self, real: Tensor, labels: Tensor, fake: Tensor) -> dict[str, Tensor]:
@@ -73,9 +83,6 @@ class Learned(clswgan.Learned):
             instance = instance_loss(both, labels.repeat(2), settings.instance_temperature)
             scores = fixed(self.comparator, hidden, self._described)
         terms["instance"] = settings.instance_weight * instance
-        terms["class"] = settings.class_weight * self._class_loss(scores, labels)
+        by_class = class_loss(scores, self._column[labels], settings.class_temperature)
+        terms["class"] = settings.class_weight * by_class
         return terms
-
-    def _class_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """L_cls: cross-entropy of (B, n_s) scores of the seen classes at tau_e (card 3.3), mean over B."""
-        return F.cross_entropy(scores / self._settings.class_temperature, self._column[labels])
