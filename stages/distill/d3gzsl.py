@@ -98,7 +98,7 @@ def distribution_loss(student_codes: Tensor, teacher_codes: Tensor, groups: Tens
     Shapes: codes (N, 2), groups (N,), class labels or domain; a scalar. Reduction: mean over all N * N pairs. `form`:
     as in `embedding_loss`.
     """
-    _alike("codes", student_codes, teacher_codes, groups)
+    _alike("codes", teacher_codes, student_codes, groups)
     student, teacher = _wide(student_codes), _wide(teacher_codes)
     with _exactly(student):
         return _agreement(unit(student) @ unit(teacher).T, groups, form)
