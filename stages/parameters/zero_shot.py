@@ -249,6 +249,11 @@ class D3GZSL(AnyStudent):
     training: GeneratorTraining = GeneratorTraining()
 
     @property
+    def known_as(self) -> str:
+        """Without D3 it is another method: its generator's."""
+        return self.method if self.distribution is not None else self.generator.name
+
+    @property
     def needs_teacher(self) -> bool:
         return self.distribution is not None
 

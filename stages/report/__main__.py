@@ -101,8 +101,11 @@ def _group(group: Group, task: Any, revision: str | None) -> list[page.Html]:
         ("Who learns from whom", sections.chain(group, task)),
         ("Training", sections.curves(group, task)),
         *task.figures(group),
-        ("Export", sections.export(group, task)),
-        ("Latency and size", sections.latency(group)),
+        *(
+            []
+            if group.encodes
+            else [("Export", sections.export(group, task)), ("Latency and size", sections.latency(group))]
+        ),
         ("Validation of the data", sections.validation(group, PAGE.parent)),
         ("Reproduce", sections.reproduce(group, revision)),
     ]

@@ -12,6 +12,8 @@ SERIES = 8
 POINTS = 160
 WIDTH, HEIGHT = 360, 224
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 36
+# Side of a cloud of points, and how near to its edge they come.
+CLOUD, CLOUD_EDGE = 160, 5
 # About how wide a character is, in the text of charts and in bold.
 CHARACTER, BOLD = 6.8, 8.2
 SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
@@ -34,6 +36,16 @@ class Axis:
     ticks: list[tuple[float, str]]
     last: float
     label: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a series that stands out: a dot, or a ring."""
+
+    number: int
+    place: float
+    value: float
+    ring: bool
 
 
 @dataclass(frozen=True)
@@ -95,11 +107,18 @@ def steps(last: float) -> Axis:
     return Axis(ticks[::every], max(last, 1), "training step")
 
 
-def lines(series: Mapping[int, tuple[np.ndarray, np.ndarray]], scale: Scale, axis: Axis, description: str) -> Html:
+def lines(
+    series: Mapping[int, tuple[np.ndarray, np.ndarray]],
+    scale: Scale,
+    axis: Axis,
+    description: str,
+    marks: Sequence[Mark] = (),
+) -> Html:
     """Curves.
 
     Args:
         series: places on the horizontal axis and values, by the number that gives colour and dashes.
+        marks: drawn above all curves.
     """
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
@@ -122,6 +141,10 @@ def lines(series: Mapping[int, tuple[np.ndarray, np.ndarray]], scale: Scale, axi
         if len(points) == 1:
             points *= 2
         parts.append(tag("polyline", points=" ".join(points), class_=kind))
+    for mark in marks:
+        kind = f"mark s{mark.number % SERIES}" + " ring" * mark.ring
+        at = {"cx": f"{x(mark.place):.1f}", "cy": f"{y(mark.value):.1f}"}
+        parts.append(tag("circle", **at, r=4.5 if mark.ring else 2, class_=kind))
     return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=description)
 
 
@@ -136,6 +159,33 @@ def legend(names: Mapping[int, str]) -> Html:
         for number, name in names.items()
     ]
     return tag("ul", *items, class_="legend")
+
+
+def cloud(points: Sequence[np.ndarray], means: Sequence[np.ndarray], extent: np.ndarray, description: str) -> Html:
+    """Two kinds of points in a square of equal units, dots and crosses, and a line from mean to mean.
+
+    Args:
+        points: (N, 2) and (M, 2). means: (2,) each. extent: (K, 2) points that the square has to hold.
+    """
+    low, high = extent.min(axis=0), extent.max(axis=0)
+    unit = (CLOUD - 2 * CLOUD_EDGE) / max(float((high - low).max()), np.finfo(float).tiny)
+    centre = (low + high) / 2
+
+    def at(point: np.ndarray) -> str:
+        across, up = (point - centre) * unit
+        return f"{CLOUD / 2 + across:.1f},{CLOUD / 2 - up:.1f}"
+
+    dots, crosses = points
+    start, end = means
+    return tag(
+        "svg",
+        tag("path", d="".join(f"M{at(point)}h0" for point in dots), class_="dots s0"),
+        tag("path", d="".join(f"M{at(point)}m-2,-2l4,4m0,-4l-4,4" for point in crosses), class_="crosses s1"),
+        tag("path", d=f"M{at(start)}L{at(end)}", class_="between"),
+        viewBox=f"0 0 {CLOUD} {CLOUD}",
+        role="img",
+        aria_label=description,
+    )
 
 
 def thin(steps: np.ndarray, values: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:

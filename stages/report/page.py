@@ -179,6 +179,11 @@ svg .head { fill: var(--soft); }
 .s5 { stroke: var(--s5); }
 .s6 { stroke: var(--s6); stroke-dasharray: 7 3; }
 .s7 { stroke: var(--s7); stroke-dasharray: 2 2.5; }
+svg .mark { stroke-width: 4; stroke-dasharray: none; fill: none; }
+svg .mark.ring { stroke-width: 2; fill: var(--card); }
+svg .dots { fill: none; stroke-width: 3.4; stroke-linecap: round; stroke-opacity: .7; }
+svg .crosses { fill: none; stroke-width: 1.1; stroke-dasharray: none; stroke-opacity: .8; }
+svg .between { fill: none; stroke: var(--text); stroke-width: 2; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .87rem; margin: .5rem 0; padding: 0;
   list-style: none; }
 .legend li { display: flex; align-items: center; gap: .45rem; }
@@ -186,6 +191,13 @@ svg .head { fill: var(--soft); }
 .charts figure, .sample { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   padding: .7rem .8rem; min-width: 0; }
 .charts figure > svg { width: 100%; height: auto; }
+.charts.large { flex: 1 1 26rem; max-width: 34rem; }
+.clouds { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.5rem), 1fr)); gap: .7rem; }
+.clouds figure { margin: 0; padding: .4rem .5rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 6px; min-width: 0; }
+.clouds svg { width: 100%; height: auto; }
+.clouds figcaption { font-size: .8rem; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.clouds b { color: var(--text); }
 .charts figcaption { font-size: .87rem; margin-bottom: .3rem; }
 .charts figcaption b { color: var(--text); }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 14.5rem), 1fr)); gap: .9rem; }
