@@ -263,7 +263,7 @@ class Published:
     """A data set of the benchmark, counted from 0 and with a row per sample.
 
     Attributes:
-        features: (N, D) floating point, as they are stored. labels: (N,) int64. attributes: (classes, A) as stored.
+        features: (N, D) as they are stored. labels: (N,) int64. attributes: (classes, A) as stored.
         classes: their names. names: of the attributes.
         trainval, test_seen, test_unseen: int64, rows of the samples.
     """
@@ -363,11 +363,10 @@ def read_arrays(file: Path) -> Published:
 
 
 def _matrix(array: Any, name: str, where: object) -> np.ndarray:
-    """Two dimensions of finite floating-point numbers."""
+    """Two dimensions of finite numbers."""
     matrix = np.asarray(array)
     if matrix.ndim != 2 or not matrix.size or matrix.dtype.kind not in "fiu":
         raise UserError(f"{where}: {name} must be a matrix of numbers, got {matrix.dtype} of shape {matrix.shape}")
-    matrix = matrix if matrix.dtype.kind == "f" else matrix.astype(np.float64)
     # What is finite in the file may be too large for float32, in which it is stored.
     with np.errstate(over="ignore"):
         wrong = ~np.isfinite(matrix.astype(np.float32))
@@ -402,7 +401,6 @@ def _numbers(array: Any, name: str, where: object, first: int, count: int, what:
             f"{where}: {name} holds {flat[wrong][0]} at place {int(np.argmax(wrong)) + first}, but a {what} is one of "
             f"{first} to {first + count - 1} · mend the file; its labels and places count from {first}"
         )
-    # Before the subtraction: MATLAB's index arrays are often uint16.
     return flat.astype(np.int64) - first
 
 
