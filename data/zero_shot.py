@@ -234,7 +234,7 @@ def make_renderings(raw: Path, dataset: Any) -> Samples:
     classes, attributes, names = describe_renderings()
     for name in dataset.unseen:
         _known(name, classes, "unseen")
-    _once(dataset.unseen, "unseen")
+    _once(dataset.unseen, "`unseen` of the data set")
     roles = [UNSEEN if name in dataset.unseen else SEEN for name in classes]
     roles = _with_validation_classes(classes, roles, dataset.split)
     seen = [name.split("-", 1) for name, role in zip(classes, roles, strict=True) if role == SEEN]
@@ -310,8 +310,8 @@ def published(arrays: Mapping[str, Any], where: object, first: int = 0) -> Publi
                 f"{where}: {name} has shape {shape} (a row per {'class' if name == 'att' else 'sample'}), but {wanted} "
                 f"goes with {what} · is the file complete, and not transposed?"
             )
-    _once(classes, "allclasses_names", where)
-    _once(names, "attribute_names", where)
+    _once(classes, f"{where}: allclasses_names")
+    _once(names, f"{where}: attribute_names")
     labels = _numbers(arrays["labels"], "labels", where, first, len(classes), "class")
     located = {name: _numbers(arrays[name], name, where, first, len(labels), "sample") for name in LOCATIONS}
     _check_places(located, where, first)
@@ -478,9 +478,9 @@ def _known(name: str, classes: Sequence[str], where: str) -> None:
         raise UserError(f"`{where}` of the data set names an unknown class {name!r}; {suggest(name, classes)}")
 
 
-def _once(names: Sequence[str], what: str, where: object = "the data set") -> None:
+def _once(names: Sequence[str], what: str) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{what} of {where} names {twice[0]!r} twice · names tell apart; correct it")
+        raise UserError(f"{what} names {twice[0]!r} twice · names tell apart; correct it")
 
 
 def _with_validation_classes(classes: Sequence[str], roles: Sequence[str], settings: Any) -> list[str]:
@@ -498,7 +498,7 @@ def _with_validation_classes(classes: Sequence[str], roles: Sequence[str], setti
         _known(name, classes, where)
         if name not in seen:
             raise UserError(f"class {name!r} is unseen, and named in `{where}` · a class has one role; take it out")
-    _once(chosen, f"`{where}`")
+    _once(chosen, f"`{where}` of the data set")
     if len(chosen) == len(seen):
         raise UserError(f"`{where}` names all {len(seen)} seen classes · leave one at least to train with")
     return [VALIDATION if name in chosen else role for name, role in zip(classes, roles, strict=True)]
@@ -622,6 +622,153 @@ def _content(rows: np.ndarray) -> dict[str, Any]:
     unit = 255 if rows.dtype == np.uint8 else 1
     mean, spread = flat.mean(axis=1, dtype=np.float64) / unit, flat.std(axis=1, dtype=np.float64) / unit
     return {"sha256": content_hashes(rows), "mean": mean.round(6), "spread": spread.round(6)}
+
+
+# Validation
+
+
+ALLOWED = {SEEN: SPLITS, VALIDATION: (VALIDATION,), UNSEEN: (TEST,)}  # splits of the samples of a class, by its role
+NEEDED = {SEEN: (TRAIN, TEST), VALIDATION: (VALIDATION,), UNSEEN: (TEST,)}
+
+
+def tables(prepared: Path) -> dict[str, pd.DataFrame]:
+    """What is validated: the manifest beside what the arrays really hold, the classes, and the attributes.
+
+    Raises:
+        UserError: an array is unreadable, or has another shape or type than manifest and description say.
+    """
+    description = describe(prepared)
+    manifest = _read_manifest(prepared)
+    arrays = _arrays(prepared, description, len(manifest))
+    manifest["stored_label"] = arrays["labels"]
+    if "features" in arrays:
+        manifest["stored_sha256"] = content_hashes(arrays["features"])
+        # Written so that NaN is wrong too.
+        manifest["wrong_numbers"] = (~(np.isfinite(arrays["features"]) & (arrays["features"] >= 0))).sum(axis=1)
+    content = "image_sha256" if "image_sha256" in manifest else "sha256"
+    if "images" in arrays:
+        manifest[f"stored_{content}"] = content_hashes(arrays["images"])
+    same_content = manifest.groupby(content)
+    manifest["splits_of_content"] = same_content["split"].transform("nunique")
+    # The name of a sample with the same content, so that a finding shows pairs.
+    manifest["twin"] = same_content["id"].transform(lambda ids: ids.iloc[::-1].to_numpy() if len(ids) > 1 else None)
+    names, roles, rows = description["classes"], description["roles"], arrays["attributes"]
+    counts = pd.crosstab(manifest["label"], manifest["split"])
+    counts = counts.reindex(index=range(len(names)), columns=list(SPLITS), fill_value=0).reset_index(drop=True)
+    classes = pd.DataFrame({"id": names, "role": roles}).join(counts)
+    classes["share"] = counts.sum(axis=1) / len(manifest)
+    by_role = list(zip(roles, counts.to_dict("records"), strict=True))
+    classes["misplaced"] = [
+        sum(number for part, number in found.items() if part not in ALLOWED.get(role, ())) for role, found in by_role
+    ]
+    classes["lacking"] = [sum(found[part] == 0 for part in NEEDED.get(role, ())) for role, found in by_role]
+    classes["wrong_numbers"] = (~np.isfinite(rows)).sum(axis=1)
+    digests = pd.Series(content_hashes(rows + 0.0))  # -0 is 0
+    classes["alike"] = digests.groupby(digests).transform("size") - 1
+    values = [len(np.unique(column)) for column in rows.T]
+    by_name = pd.DataFrame({"id": description["attributes"], "values": values})
+    return {"manifest": manifest, "classes": classes, "attributes": by_name}
+
+
+def _arrays(prepared: Path, description: Mapping[str, Any], count: int) -> dict[str, np.ndarray]:
+    """Every array of a prepared data set, of the shape and type that it should have."""
+    names, images = description["classes"], description["images"]
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+        "labels": ("int64", (count,)),
+        "attributes": ("float32", (len(description["roles"]), len(description["attributes"]))),
+    }
+    if description["features"] is not None:
+        wanted["features"] = ("float32", (count, description["features"]))
+    if images is not None:
+        wanted["images"] = ("uint8", (count, images["channels"], images["size"], images["size"]))
+    again = f"run `dvc repro prepare@{prepared.name}` again"
+    if len(names) != len(description["roles"]):
+        raise UserError(
+            f"{prepared / 'dataset.json'} has {len(names)} classes, but {len(description['roles'])} roles · {again}"
+        )
+    arrays = {}
+    for name, (dtype, shape) in wanted.items():
+        try:
+            array = arrays[name] = np.load(prepared / f"{name}.npy")
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{prepared / name}.npy cannot be read ({error}) · is the file complete?") from None
+        if array.dtype != dtype or array.shape != shape:
+            raise UserError(
+                f"{prepared / name}.npy holds {array.dtype} of shape {array.shape}; manifest and dataset.json say "
+                f"{dtype} of shape {shape} · {again}"
+            )
+    return arrays
+
+
+def expectations(dataset: Any, description: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What is expected, as plain data: per table of `tables`, Great Expectations' type names and arguments.
+
+    Args:
+        dataset: the entry in params.yaml. description: dataset.json.
+    """
+    expect, between = dataset.expect, "expect_column_values_to_be_between"
+    labels = list(range(len(description["classes"])))
+    both = description["images"] is not None and description["features"] is not None
+    digests = ["sha256", "image_sha256"] if both else ["sha256"]
+    manifest: list[dict[str, Any]] = [
+        *({"type": "expect_column_values_to_not_be_null", "column": name} for name in (*COLUMNS, *digests[1:])),
+        {"type": "expect_column_values_to_be_unique", "column": "id"},
+        {"type": "expect_column_values_to_be_in_set", "column": "label", "value_set": labels},
+        {"type": "expect_column_values_to_be_in_set", "column": "split", "value_set": list(SPLITS)},
+        {
+            "type": between,
+            "column": "splits_of_content",
+            "min_value": 1,
+            "max_value": 1,
+            "description": "the same sample never stands in two splits",
+        },
+        *(
+            {"type": "expect_column_pair_values_to_be_equal", "column_A": name, "column_B": f"stored_{name}"}
+            for name in ("label", *digests)
+        ),
+    ]
+    if description["features"] is None:
+        # An image of one colour shows nothing: a blank or damaged file.
+        manifest.append({"type": between, "column": "spread", "min_value": 0.001, "max_value": 0.5})
+    else:
+        manifest.append(_none("wrong_numbers", "all features are finite and not negative"))
+    if expect.samples is not None:
+        manifest.append({"type": "expect_table_row_count_to_equal", "value": expect.samples})
+    classes: list[dict[str, Any]] = [
+        {"type": "expect_column_values_to_be_unique", "column": "id"},
+        {"type": "expect_column_values_to_be_in_set", "column": "role", "value_set": list(ROLES)},
+        {
+            "type": "expect_column_distinct_values_to_contain_set",
+            "column": "role",
+            "value_set": [SEEN, UNSEEN],
+            "description": "some classes are seen, and some unseen",
+        },
+        _none("misplaced", "no sample of a validation class is outside validation, none of an unseen one outside test"),
+        _none("lacking", "seen classes have samples to train and test with, validation and unseen ones of their split"),
+        {"type": between, "column": "share", "min_value": expect.smallest_class, "max_value": expect.largest_class},
+        _none("wrong_numbers", "all attributes are finite"),
+        _none("alike", "no two classes have the same attributes"),
+    ]
+    names: list[dict[str, Any]] = [
+        {"type": "expect_column_values_to_be_unique", "column": "id"},
+        {
+            "type": between,
+            "column": "values",
+            "min_value": 2,
+            "description": "no attribute is the same for all classes",
+        },
+    ]
+    return {"manifest": manifest, "classes": classes, "attributes": names}
+
+
+def _none(column: str, description: str) -> dict[str, Any]:
+    """A column that counts what must not be."""
+    return {
+        "type": "expect_column_values_to_be_between",
+        "column": column,
+        "max_value": 0,
+        "description": description,
+    }
 
 
 def describe(prepared: Path) -> dict[str, Any]:

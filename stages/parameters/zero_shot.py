@@ -328,6 +328,8 @@ def conflicts(
                 f"{model.dataset!r} holds images; students learn from a data set of format 'encoded' made of it",
             )
         ]
+    if teacher is None:
+        return []  # none, or a name that leads nowhere: said elsewhere
     if isinstance(model, Extended):
         if not isinstance(teacher, D3GZSL | Extended):
             return [("teacher", f"{model.teacher!r} has no generator: name a student of method 'd3gzsl' or 'extended'")]
