@@ -212,7 +212,7 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
     )
     metrics = _metrics(samples, handicap)
     kept = paths.companions(description.task, description.name) / "snapshots"
-    if split == "test" and description.kind == "student" and "unseen" in metrics and kept.is_dir():
+    if split == "test" and description.kind == "student" and "harmonic_mean" in metrics and kept.is_dir():
         students, _ = load_model(kept)
         found = (_logits(student, inputs, settings.batch) for student in cast(nn.ModuleList, students))
         tables = [_samples(logits, labels, kind, split) for logits in found]
@@ -283,9 +283,8 @@ def _accuracy(samples: pd.DataFrame, predictions: np.ndarray, seen: int) -> floa
 
 def _metrics(samples: pd.DataFrame, handicap: float) -> dict[str, float]:
     """Figures of one split, the main one first."""
-    there = [kind for kind, name in ((1, "seen"), (0, "unseen")) if (samples["seen"] == kind).any()]
-    names = {1: "seen", 0: "unseen"}
-    plain = {names[kind]: _accuracy(samples, samples["prediction"].to_numpy(), kind) for kind in there}
+    there = {name: kind for name, kind in (("seen", 1), ("unseen", 0)) if (samples["seen"] == kind).any()}
+    plain = {name: _accuracy(samples, samples["prediction"].to_numpy(), kind) for name, kind in there.items()}
     if len(there) < 2:
         return plain
     familiar, is_seen = samples["familiar"].to_numpy(), samples["seen"].to_numpy() == 1

@@ -137,11 +137,10 @@ def lines(
     parts.append(tag("text", axis.label, x=right, y=HEIGHT - 4, text_anchor="end", class_="soft"))
     for number, (places, values) in series.items():
         points = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(*thin(places, values), strict=True)]
-        kind = f"line s{number % SERIES}"
-        if len(points) == 1:
-            points *= 2
-        parts.append(tag("polyline", points=" ".join(points), class_=kind))
-    for mark in marks:
+        parts.append(tag("polyline", points=" ".join(points), class_=f"line s{number % SERIES}"))
+    # A line of one point cannot be seen.
+    dots = [Mark(number, float(a[0]), float(b[0]), ring=False) for number, (a, b) in series.items() if len(a) == 1]
+    for mark in (*dots, *marks):
         kind = f"mark s{mark.number % SERIES}" + " ring" * mark.ring
         at = {"cx": f"{x(mark.place):.1f}", "cy": f"{y(mark.value):.1f}"}
         parts.append(tag("circle", **at, r=4.5 if mark.ring else 2, class_=kind))
@@ -161,13 +160,30 @@ def legend(names: Mapping[int, str]) -> Html:
     return tag("ul", *items, class_="legend")
 
 
-def cloud(points: Sequence[np.ndarray], means: Sequence[np.ndarray], extent: np.ndarray, description: str) -> Html:
-    """Two kinds of points in a square of equal units, dots and crosses, and a line from mean to mean.
+@dataclass(frozen=True)
+class Cloud:
+    """Two kinds of points in the plane, drawn as dots and as crosses, and a line from mean to mean.
+
+    Attributes:
+        dots: (N, 2). crosses: (M, 2). means: (2,) of either kind.
+    """
+
+    dots: np.ndarray
+    crosses: np.ndarray
+    means: tuple[np.ndarray, np.ndarray]
+    description: str
+
+
+def clouds(drawn: Sequence[Cloud], name: str) -> list[Html]:
+    """A square each, all with the same axes of equal units, and behind it, faintly, the dots of all.
 
     Args:
-        points: (N, 2) and (M, 2). means: (2,) each. extent: (K, 2) points that the square has to hold.
+        name: of no other clouds on the page.
     """
-    low, high = extent.min(axis=0), extent.max(axis=0)
+    every = np.concatenate(
+        [points for cloud in drawn for points in (cloud.dots, cloud.crosses, *cloud.means)], axis=None
+    )
+    low, high = every.reshape(-1, 2).min(axis=0), every.reshape(-1, 2).max(axis=0)
     unit = (CLOUD - 2 * CLOUD_EDGE) / max(float((high - low).max()), np.finfo(float).tiny)
     centre = (low + high) / 2
 
@@ -175,17 +191,23 @@ def cloud(points: Sequence[np.ndarray], means: Sequence[np.ndarray], extent: np.
         across, up = (point - centre) * unit
         return f"{CLOUD / 2 + across:.1f},{CLOUD / 2 - up:.1f}"
 
-    dots, crosses = points
-    start, end = means
-    return tag(
-        "svg",
-        tag("path", d="".join(f"M{at(point)}h0" for point in dots), class_="dots s0"),
-        tag("path", d="".join(f"M{at(point)}m-2,-2l4,4m0,-4l-4,4" for point in crosses), class_="crosses s1"),
-        tag("path", d=f"M{at(start)}L{at(end)}", class_="between"),
-        viewBox=f"0 0 {CLOUD} {CLOUD}",
-        role="img",
-        aria_label=description,
-    )
+    def dots(points: np.ndarray) -> str:
+        return "".join(f"M{at(point)}h0" for point in points)
+
+    # Written once, and shown in every square.
+    behind = tag("path", d=dots(np.concatenate([cloud.dots for cloud in drawn])), id=name, class_="dots behind")
+    found: list[Html] = []
+    for cloud in drawn:
+        start, end = cloud.means
+        parts = (
+            tag("use", href=f"#{name}") if found else behind,
+            tag("path", d=dots(cloud.dots), class_="dots s0"),
+            tag("path", d="".join(f"M{at(point)}m-2,-2l4,4m0,-4l-4,4" for point in cloud.crosses), class_="crosses s1"),
+            tag("path", d=f"M{at(start)}L{at(end)}", class_="between"),
+        )
+        box = f"0 0 {CLOUD} {CLOUD}"
+        found.append(tag("svg", *parts, viewBox=box, role="img", aria_label=cloud.description))
+    return found
 
 
 def thin(steps: np.ndarray, values: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:

@@ -259,7 +259,7 @@ def reproduce(group: Group, revision: str | None) -> Html:
         ("make setup", "the environment, once"),
         (f"dvc repro evaluate@{group.task}", "trains what is not trained yet, evaluates every model"),
         *([(f"dvc repro {targets}", "")] if targets else []),
-        (f"python -m stages.latency {group.task}", "alone on the machine"),
+        *([] if group.encodes else [(f"python -m stages.latency {group.task}", "alone on the machine")]),
         (f"python -m stages.report {group.task}", "this page"),
     ]
     if revision is not None:

@@ -85,7 +85,7 @@ def seen_against_unseen(group: Group) -> Html | None:
     series, marks, rows = {}, [], []
     for number, model in enumerate(group.models):
         known = model.metrics["test"]
-        if "area" not in known:
+        if not _answers_unseen(model):
             continue
         for kind, ring in (("", False), ("calibrated_", True)):
             place, value = (100 * known[f"{kind}{name}"] for name in ("unseen", "seen"))
@@ -96,16 +96,16 @@ def seen_against_unseen(group: Group) -> Html | None:
             series[number] = (100 * curve.unseen[kept], 100 * curve.seen[kept])
         names = ("seen", "unseen", "harmonic_mean")
         shown = [METRICS[name].show(known[f"{kind}{name}"]) for kind in ("", "calibrated_") for name in names]
-        rows.append([model.name, *shown, f"{known['handicap']:+.3f}", f"{known['area']:.4f}"])
+        rows.append([group.short(model.name), *shown, f"{known['handicap']:+.3f}"])
     if not rows:
         return None
-    ticks = [(float(place), f"{place} %") for place in range(0, 101, 20)]
+    ticks = [(float(place), str(place)) for place in range(0, 101, 20)]
     scale = charts.linear(np.array([0.0, 100.0]))
     who = ", ".join(group.models[number].name for number in series)
     drawing = charts.lines(
         series,
         scale,
-        charts.Axis(ticks, 100.0, "U: accuracy on unseen classes"),
+        charts.Axis(ticks, 100.0, "U, on unseen classes"),
         f"accuracy on seen against accuracy on unseen test classes, per handicap: {who}",
         marks,
     )
@@ -115,14 +115,18 @@ def seen_against_unseen(group: Group) -> Html | None:
         "handicap with the highest H on the validation split. What is exported has no handicap."
     )
     compared = table(
-        ["model", "S", "U", "H", "S", "U", "H", "handicap", "AUSUC"],
+        ["model", "S", "U", "H", "S", "U", "H", "handicap"],
         rows,
-        numeric=range(1, 9),
+        numeric=range(1, 8),
         bold=[3, 6],
-        rule=[1, 4, 8],
-        bands=[("", 1), ("as it is", 3), ("calibrated on validation", 4), ("every handicap", 1)],
+        rule=[1, 4],
+        bands=[("", 1), ("test, as it is", 3), ("test, calibrated on validation", 4)],
     )
-    figure = tag("figure", tag("figcaption", tag("b", "S"), ", accuracy on seen test classes, in per cent"), drawing)
+    figure = tag(
+        "figure",
+        tag("figcaption", tag("b", "S"), ", accuracy on seen test classes, against U, on unseen ones; in per cent"),
+        drawing,
+    )
     return join(
         [
             tag("p", said, class_="small soft"),
@@ -226,10 +230,10 @@ def features(group: Group) -> Html | None:
         return None
     said = (
         "Every unseen class of the test split: its real features (dots), never used in training, and what the "
-        "generator makes of its attributes (crosses), scaled as the student scales them. All panels of a model share "
-        "the two axes, the principal components of all points that are shown. The line joins the two means. In the "
-        "captions, the distance between the means in all dimensions, as a multiple of the real features' own spread "
-        "(root mean square distance from their mean); the drawing shows two dimensions of it."
+        "generator makes of its attributes (crosses), scaled as the student scales them; in grey, the real features of "
+        "the other classes. All panels of a model share two axes, the principal components of all points that are "
+        "shown. The line joins the two means. Beside the name of a class stands their distance, in all dimensions, as "
+        "a multiple of the spread of its real features (root mean square distance from their mean)."
     )
     return join([tag("p", said, class_="small soft"), *parts])
 
@@ -268,20 +272,23 @@ def _clouds(clouds: Clouds, name: str) -> Html:
     shown = order if len(order) <= PANELS else np.concatenate([order[: PANELS // 2], order[-PANELS // 2 :]])
     pairs = [(clouds.real[index][:POINTS], clouds.synthesised[index][:POINTS]) for index in shown]
     axes, middle, share = principal_components(np.concatenate([points for pair in pairs for points in pair]))
-    flat = [tuple((points - middle) @ axes for points in pair) for pair in pairs]
-    ends = np.concatenate([points for pair in flat for points in pair])
+    drawn = []
+    for index, pair in zip(shown, pairs, strict=True):
+        dots, crosses = ((points - middle) @ axes for points in pair)
+        start, end = ((kind[index].mean(axis=0) - middle) @ axes for kind in (clouds.real, clouds.synthesised))
+        what = f"{name}: real and synthesised features of {clouds.classes[index]}"
+        drawn.append(charts.Cloud(dots, crosses, (start, end), what))
     panels = []
-    for index, pair in zip(shown, flat, strict=True):
-        means = [(kind[index].mean(axis=0) - middle) @ axes for kind in (clouds.real, clouds.synthesised)]
-        drawing = charts.cloud(pair, means, ends, f"{name}: real and synthesised features of {clouds.classes[index]}")
+    for index, drawing in zip(shown, charts.clouds(drawn, f"clouds-{name}"), strict=True):
         caption = [tag("b", clouds.classes[index]), f" {away[index]:.2f}"]
         if own[index] != index:
             caption.append(tag("span", f" nearer to {clouds.classes[own[index]]}", class_="wrong"))
         panels.append(tag("figure", drawing, tag("figcaption", *caption)))
+    right = int((own == np.arange(len(own))).sum())
     said = (
-        f"Of {len(order)} unseen classes, the mean of what is synthesised is nearest to the class's own real mean in "
-        f"{int((own == np.arange(len(own))).sum())}. The means are {np.median(away):.2f} spreads apart in the median, "
-        f"{away.min():.2f} to {away.max():.2f}. The axes hold {100 * share:.0f} % of the variance."
+        f"For {right} of {len(own)} unseen classes, the mean of what is synthesised is nearer to the class's own real "
+        f"mean than to any other's. The two are {np.median(away):.2f} spreads apart in the median, {away.min():.2f} to "
+        f"{away.max():.2f}. The axes hold {100 * share:.0f} % of the variance."
     )
     if len(shown) < len(order):
         said += f" Shown are the {PANELS // 2} nearest and the {PANELS // 2} farthest."
@@ -317,7 +324,9 @@ def images(group: Group) -> Html | None:
     if not (prepared / "images.npy").is_file():
         return None
     tables = {model.name: samples.of_test(model) for model in models}
-    chosen, disagreed = samples.choose(tables, DISAGREED, OTHERS)
+    # All others disagree with a teacher on whatever is of an unseen class.
+    able = {model.name: tables[model.name] for model in models if _answers_unseen(model)} or tables
+    chosen, disagreed = samples.choose(able, DISAGREED, OTHERS)
     about = data.describe(prepared)
     ids, pixels, labels = data.load(prepared, "test", "images")
     place = {name: index for index, name in enumerate(ids)}
@@ -340,11 +349,16 @@ def images(group: Group) -> Html | None:
             tag("figure", tag("div", tag("div", view), class_="views"), caption, tag("ul", *opinions), class_="sample")
         )
     said = (
-        f"Models disagree on {disagreed:,} of {len(ids):,} test images: some right, some wrong. Here are up to "
-        f"{DISAGREED} of these, then others, chosen by a digest of their names. Beside each class stands the model's "
-        "confidence. A teacher knows the seen classes only."
+        f"Models that know all classes disagree on {disagreed:,} of {len(ids):,} test images: some right, some wrong. "
+        f"Here are up to {DISAGREED} of these, then others, chosen by a digest of their names. Beside each class "
+        "stands the model's confidence. A teacher knows the seen classes only."
     )
     return join([tag("p", said, class_="small soft"), tag("div", *cards, class_="samples")])
+
+
+def _answers_unseen(model: Model) -> bool:
+    """Whether it knows more than the seen classes."""
+    return "area" in model.metrics["test"]
 
 
 def _names(model: Model, known: list[str]) -> list[str]:
@@ -359,7 +373,7 @@ def accuracy_by_class(group: Group) -> Html:
     parts: list[object] = []
     for role, title in ((UNSEEN["test"], "Unseen classes"), (SEEN, "Seen classes")):
         # Whoever knows the seen classes only is wrong in all others.
-        able = [model.name for model in group.models if role == SEEN or "area" in model.metrics["test"]]
+        able = [model.name for model in group.models if role == SEEN or _answers_unseen(model)]
         of_role = {
             name: rows[(rows["role"] == role) & (rows["samples"] > 0)] for name, rows in tables.items() if name in able
         }

@@ -119,7 +119,7 @@ def test_the_harmonic_mean_is_nearer_to_the_worse(seen: float, unseen: float) ->
         assert found < (seen + unseen) / 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(SEEDS)
 def test_accuracies_are_invariant(seed: int) -> None:
     """To the order of samples, to doubling a class, to new names of the classes that keep no order."""
@@ -151,7 +151,7 @@ def test_accuracies_are_invariant(seed: int) -> None:
 # Handicaps
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SEEDS, st.booleans(), st.integers(-8, 8))
 def test_answers_under_a_handicap_are_those_of_argmax(seed: int, ties: bool, quarters: int) -> None:
     """Ties included: the first of the classes with the largest logit, whatever the handicap."""
@@ -169,7 +169,7 @@ def test_answers_under_a_handicap_are_those_of_argmax(seed: int, ties: bool, qua
         assert (found[f"{name}_score"] == logits[rows, found[f"{name}_prediction"]])[kept].all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SEEDS, st.booleans())
 def test_the_trade_off_is_that_of_every_handicap(seed: int, ties: bool) -> None:
     logits, labels, seen, unseen = random_case(seed, ties)
@@ -192,7 +192,7 @@ def test_the_trade_off_is_that_of_every_handicap(seed: int, ties: bool) -> None:
             assert pair == pytest.approx([plain_accuracy(guesses, labels, part) for part in (seen, unseen)], abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SEEDS, st.booleans())
 def test_the_trade_off_is_monotone_and_meets_the_axes(seed: int, ties: bool) -> None:
     logits, labels, seen, unseen = random_case(seed, ties)
@@ -221,7 +221,7 @@ def test_the_area_of_perfect_and_of_hopeless_answers() -> None:
     assert trade_off(table(np.zeros((4, 3)), labels, [0], [1, 2])).area == pytest.approx(1 * 0.5 / 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SEEDS, st.booleans())
 def test_no_handicap_is_better_than_the_calibrated_one(seed: int, ties: bool) -> None:
     logits, labels, seen, unseen = random_case(seed, ties)
@@ -252,7 +252,7 @@ def test_nothing_is_calibrated_without_need() -> None:
     assert calibrate(only_seen) == calibrate(only_unseen) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(SEEDS, st.booleans())
 def test_detection_is_the_area_under_the_roc_curve(seed: int, ties: bool) -> None:
     generator = np.random.default_rng(seed)
@@ -387,7 +387,7 @@ def test_the_scores_give_the_figures_of_the_evaluation(tmp_path: Path, split: st
 @pytest.mark.parametrize("images", [False, True])
 def test_a_teacher_knows_the_seen_classes_only(tmp_path: Path, images: bool) -> None:
     """Its columns are not the data set's numbers; an encoder is shown images."""
-    manifest = write_prepared(tmp_path, seed=1, images=images)
+    manifest = write_prepared(tmp_path, seed=1, holds=["images" if images else "features"])
     logits = logits_of(manifest, SEEN)
     network = {"name": "encoder", "widths": [4], "blocks": 1} if images else None
     teacher = describe([CLASSES[label] for label in SEEN], kind="teacher", network=network)

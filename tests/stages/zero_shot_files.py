@@ -1,5 +1,6 @@
 """A prepared data set of zero-shot recognition in miniature, and networks that answer from a table."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from models.zero_shot import Output
 
 # By number; no order is that of the roles.
 ROLES = ["unseen", "seen", "validation", "seen", "unseen", "seen", "validation", "seen", "unseen"]
-CLASSES = [f"class {label}" for label in range(len(ROLES))]
+CLASSES = [f"class <{label}>" for label in range(len(ROLES))]
 SEEN = [label for label, role in enumerate(ROLES) if role == "seen"]
 FEATURES, ATTRIBUTES = 6, 4
+IMAGES = {"channels": 1, "size": 4, "mean": [0.5], "std": [0.25]}
 
 
 class Lookup(nn.Module):
@@ -43,12 +45,12 @@ def labels_of(split: str, generator: np.random.Generator, most: int = 7) -> np.n
 
 
 def write_prepared(
-    folder: Path, seed: int, without: tuple[str, str] | None = None, images: bool = False
+    folder: Path, seed: int, without: tuple[str, str] | None = None, holds: Collection[str] = ("features",)
 ) -> pd.DataFrame:
     """A prepared data set whose features are random but the first, the row; returns its manifest.
 
     Args:
-        without: a split, and a role that has no sample in it.
+        without: a split, and a role that has no sample in it. holds: features, images, or both.
     """
     generator = np.random.default_rng(seed)
     parts = [
@@ -67,18 +69,17 @@ def write_prepared(
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "labels.npy", manifest["label"].to_numpy(dtype=np.int64))
     np.save(folder / "attributes.npy", generator.random((len(ROLES), ATTRIBUTES)).astype(np.float32))
-    if images:
-        np.save(folder / "images.npy", pixels)
-    else:
-        np.save(folder / "features.npy", features)
+    for name, values in (("images", pixels), ("features", features)):
+        if name in holds:
+            np.save(folder / f"{name}.npy", values)
     manifest.insert(0, "id", [f"{row:04d}" for row in rows])
     manifest.assign(sha256="", mean=0.0, spread=0.0).to_csv(folder / "manifest.csv", index=False)
     about: dict[str, Any] = {
         "classes": CLASSES,
         "roles": ROLES,
         "attributes": [f"attribute {number}" for number in range(ATTRIBUTES)],
-        "features": None if images else FEATURES,
-        "images": {"channels": 1, "size": 4, "mean": [0.5], "std": [0.25]} if images else None,
+        "features": FEATURES if "features" in holds else None,
+        "images": IMAGES if "images" in holds else None,
         "samples": manifest["split"].value_counts().to_dict(),
         "dropped": {},
         "source": {"name": "toy", "licence": "none", "credit": "nobody", "redistributable": True},
