@@ -12,14 +12,18 @@ said, unequal batches and empty ones raise ValueError.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from stages.training import widen
 
 SHORTEST = 1e-8  # embeddings that are shorter count as so long
+TERMS = 16  # of the Chebyshev series of a softplus
 NEAREST = 1e-6  # a similarity that is a probability stays so far from 0 and 1
 
 
@@ -95,13 +99,70 @@ def distribution_loss(student_codes: Tensor, teacher_codes: Tensor, groups: Tens
     R_ij = (1 + cos(h_i, h^t_j)) / 2 is compared with W_ij, 1 where samples i and j share their group, by the binary
     cross-entropy. Gradients reach both sides.
 
-    Shapes: codes (N, 2), groups (N,), class labels or domain; a scalar. Reduction: mean over all N * N pairs. `form`:
-    as in `embedding_loss`.
+    Shapes: codes (N, 2), none of them (0, 0), groups (N,) int64, class labels or domain; a scalar. Reduction: mean over
+    all N * N pairs. `form`: as in `embedding_loss`; "logits" takes time and memory in proportion to N.
     """
     _alike("codes", teacher_codes, student_codes, groups)
     student, teacher = _wide(student_codes), _wide(teacher_codes)
     with _exactly(student):
+        if form == "logits":
+            return cast(Tensor, _PlanarAgreement.apply(student, teacher, groups))
         return _agreement(unit(student) @ unit(teacher).T, groups, form)
+
+
+class _PlanarAgreement(torch.autograd.Function):
+    """`_agreement` with logits of the cosines of (N, 2) vectors, without a number for every pair.
+
+    Vectors in a plane with angles a and b have the cosine cos(a - b). The mean of log(1 + exp((1 + cosine) / 2)) over
+    all pairs is the sum over k of its Chebyshev coefficients times the mean of cos(k (a - b)), the real part of
+    exp(ika) exp(-ikb), and so a product of two means. What pairs of the same group subtract is linear in 1 and in the
+    cosine, which are the orders 0 and 1: sums over groups are enough. Exact to rounding, and differentiable once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, groups: Tensor) -> Tensor:
+        both, count = torch.stack([rows, columns]), len(rows)
+        orders = torch.arange(TERMS, device=both.device, dtype=both.dtype)
+        angles = torch.atan2(both[..., 1], both[..., 0])[..., None] * orders
+        waves = torch.complex(angles.cos(), angles.sin())
+        # Of one side, by what the other side is on average, and in the same group.
+        weights = both.new_tensor(COEFFICIENTS) / count * waves.mean(1, keepdim=True).flip(0).conj()
+        weights = weights.expand_as(waves).clone()
+        ranks = _ranks(groups)
+        sums = torch.zeros_like(waves[..., :2]).index_add_(1, ranks, waves[..., :2])
+        weights[..., :2] -= 0.5 / count**2 * sums.flip(0).conj()[:, ranks]
+        waves *= weights
+        turn = (waves.imag @ orders) / both.square().sum(2)
+        ctx.save_for_backward(torch.stack([both[..., 1], -both[..., 0]], 2).mul_(turn[..., None]))
+        return waves[0].real.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (*(slopes * gradient), None)
+
+
+def _ranks(groups: Tensor) -> Tensor:
+    """(N,) groups to their ranks among those that occur; unlike `unique` it has not to wait for their number."""
+    ordered, order = groups.sort()
+    ranks = F.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)
+    return torch.empty_like(ranks).scatter_(0, order, ranks)
+
+
+def _chebyshev(function: Callable[[float], float], count: int) -> list[float]:
+    """The first coefficients of a function on [-1, 1]: it is the sum of them times cos(k arccos x)."""
+    nodes = [math.pi * (place + 0.5) / count for place in range(count)]
+    values = [function(math.cos(node)) for node in nodes]
+    found = [
+        2 / count * math.fsum(value * math.cos(order * node) for value, node in zip(values, nodes, strict=True))
+        for order in range(count)
+    ]
+    return [found[0] / 2, *found[1:]]
+
+
+# Of log(1 + exp((1 + cosine) / 2)): they fall by a factor of 13 each.
+COEFFICIENTS = _chebyshev(lambda cosine: math.log1p(math.exp((1 + cosine) / 2)), TERMS)
 
 
 def _agreement(cosines: Tensor, groups: Tensor, form: str) -> Tensor:
