@@ -101,9 +101,11 @@ def extend(student: str, name: str, requests: Sequence[tuple[str | None, Path]])
         task=TASK, dataset=old.dataset, method="extended", teacher=student, added=added, **_classifier(old)
     )
     _write(parameters, name, entry, exported)
-    what = "params.yaml keeps the new entries; mend it, and `dvc repro` or the same command goes on"
     if distillation.main(["--task", TASK]):
-        raise UserError(f"the flow failed, as said above · {what}, or remove students.{name} and exports.{name}")
+        raise UserError(
+            "the flow failed, as said above · params.yaml keeps the new entries; mend what failed, and `dvc repro` or "
+            f"the same command goes on, or remove students.{name} and exports.{name}"
+        )
     _measure(name)
     registry.register(TASK)
     print(f"next: commit params.yaml and dvc.lock, then `python -m pipelines.registry promote {TASK}`")

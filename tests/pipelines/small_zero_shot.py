@@ -90,8 +90,6 @@ class SmallZeroShot(Small):
         default_factory=lambda: {"delta": 0.02, "teacher_share": 0.5, "baseline": "eszsl", "metric": "harmonic_mean"}
     )
     known: dict[str, list[str]] = field(default_factory=dict)
-    entries: str = ""  # students that stand in params.yaml as text
-    exported: str = ""
     writing: str = ""
 
     @property
@@ -156,8 +154,8 @@ class SmallZeroShot(Small):
         content = PARAMETERS % (
             "0" * 64,
             json.dumps(self.redistributable),
-            "".join(texts[str(method)] % name for name, method in students.items()) + self.entries,
-            "".join(f"  {name}: {{task: zero_shot, dataset: tiny}}\n" for name in students) + self.exported,
+            "".join(texts[str(method)] % name for name, method in students.items()),
+            "".join(f"  {name}: {{task: zero_shot, dataset: tiny}}\n" for name in students),
             yaml.safe_dump(self.gates, default_flow_style=True).strip(),
         )
         self.put("params.yaml", content)
