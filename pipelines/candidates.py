@@ -119,8 +119,20 @@ def candidates(task: str, parameters: Parameters) -> tuple[list[Candidate], list
 
 
 def best(found: list[Candidate]) -> Candidate:
-    """The challenger: the highest figure on validation; among equals the smaller, then the first by name."""
-    return min(found, key=lambda one: (-one.validation, one.description["parameters"], one.name))
+    """The challenger: the highest figure on validation, of those that know the most classes; among equals the smaller,
+    then the first by name.
+
+    One that knows fewer cannot take the place of one that knows more: its callers would miss answers.
+    """
+    return min(
+        found,
+        key=lambda one: (
+            -len(one.description["interface"]["classes"]),
+            -one.validation,
+            one.description["parameters"],
+            one.name,
+        ),
+    )
 
 
 def weights(task: str, parameters: Parameters) -> dict[str, str]:

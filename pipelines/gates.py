@@ -182,18 +182,43 @@ def interface(description: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "input": description["input"],
         "classes": described.get("classes"),
-        **({"pair": described["pair"]} if "pair" in described else {}),
+        **{name: described[name] for name in ("pair", "seen") if name in described},
     }
 
 
 def signature(ours: Mapping[str, Any], champions: Mapping[str, Any], champion: str) -> Check:
-    """The same input and the same labels as the champion's, so that no caller notices the change."""
+    """The same input and the same labels as the champion's, so that no caller notices the change.
+
+    Where both say which classes they were trained on (`seen`), labels may become more: no caller of the champion has
+    to change if the labels it knows keep their order and others follow. Which ones these are is said.
+    """
     changed = [key for key in sorted({*ours, *champions}) if ours.get(key) != champions.get(key)]
-    figures = {"ours": dict(ours), "champion": dict(champions)}
+    figures: dict[str, Any] = {"ours": dict(ours), "champion": dict(champions)}
     if not changed:
         return Check("signature", True, f"input and labels are those of {champion}", figures)
+    if "seen" in ours and "seen" in champions and set(changed) <= {"classes", "seen"}:
+        return _more_labels(ours, champions, champion, figures)
     found = "; ".join(f"{key}: {champions.get(key)} of {champion}, now {ours.get(key)}" for key in changed)
     return Check("signature", False, f"callers would have to change: {found}", figures)
+
+
+def _more_labels(
+    ours: Mapping[str, Any], champions: Mapping[str, Any], champion: str, figures: dict[str, Any]
+) -> Check:
+    """Two interfaces that differ in labels, or in which of them were trained on, and in nothing else."""
+    before, now = list(champions["classes"]), list(ours["classes"])
+    gone, added = [name for name in before if name not in now], [name for name in now if name not in before]
+    figures |= {"gone": gone, "added": added}
+    if now[: len(before)] != before:
+        what = f"it no longer knows {', '.join(gone)}" if gone else "it has the labels in another order"
+        return Check("signature", False, f"callers of {champion} would have to change: {what}", figures)
+    said = [f"input and the {len(before)} labels of {champion} stay"]
+    if added:
+        said.append(f"{len(added)} more: {', '.join(added)}")
+    for what, one, other in (("now", ours, champions), ("no longer", champions, ours)):
+        if names := [name for name in before if name in one["seen"] and name not in other["seen"]]:
+            said.append(f"{what} trained on: {', '.join(names)}")
+    return Check("signature", True, "; ".join(said), figures)
 
 
 def redistributable(sources: list[Mapping[str, Any]]) -> Check:

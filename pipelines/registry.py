@@ -1,7 +1,7 @@
 """The registry: which students there are, which one is champion, and how it became that.
 
     register    every exported student of a task becomes a version of the registered model TASK, once; the best one on
-                validation gets the alias `challenger`
+                validation, of those that know the most classes, gets the alias `challenger`
     promote     the challenger becomes `champion` if it passes every gate (`gates` in params.yaml); exit code 1 if not
     rollback    the champion before this one is champion again
     show        versions, aliases, figures and the last decision
@@ -250,12 +250,13 @@ def main() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    with errors_told(f"registry {given.action} {given.task}", _explain):
+    with errors_told(f"registry {given.action} {given.task}", explain):
         passed = actions[given.action](given.task)
     sys.exit(1 if passed is False else 0)
 
 
-def _explain(error: Exception) -> str | None:
+def explain(error: Exception) -> str | None:
+    """What a user can mend in an error of MLflow's; None for any other."""
     from mlflow.exceptions import MlflowException
 
     return tracking.explain(error) if isinstance(error, MlflowException) else None

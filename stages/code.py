@@ -11,6 +11,7 @@ from data.files import digest, sha256
 NO_DEPENDENCY = frozenset(
     {
         *("data", "models", "stages", "stages.distill", "stages.evaluate", "stages.export", "stages.teach"),
+        "stages.generators",
         *("data.errors", "data.files", "stages.code", "stages.command", "stages.paths", "stages.records"),
         *("stages.parameters", "stages.parameters.shared"),
     }

@@ -240,7 +240,7 @@ def _encoder(name: str, dataset: Dataset, parameters: Parameters) -> list[str]:
     if images == name or images not in parameters.datasets:
         return [f"{path}: {encoder!r} learns from {images!r}, which has to be another data set"]
     source = parameters.datasets[images].source
-    if source != dataset.source:
+    if source != dataset.source and {source, dataset.source} <= parameters.sources.keys():
         return [f"datasets.{name}.source: must be that of the images, datasets.{images}.source = {source!r}"]
     return []
 

@@ -178,6 +178,11 @@ class Student(Section):
     training: Training
 
     @property
+    def known_as(self) -> str:
+        """What its method is called where it is compared with others."""
+        return self.method
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether `none` is no teacher for it."""
         return self.method != "alone"

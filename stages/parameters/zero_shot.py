@@ -249,6 +249,11 @@ class D3GZSL(AnyStudent):
     training: GeneratorTraining = GeneratorTraining()
 
     @property
+    def known_as(self) -> str:
+        """Without D3 it is another method: its generator's."""
+        return self.method if self.distribution is not None else self.generator.name
+
+    @property
     def needs_teacher(self) -> bool:
         return self.distribution is not None
 
@@ -323,6 +328,8 @@ def conflicts(
                 f"{model.dataset!r} holds images; students learn from a data set of format 'encoded' made of it",
             )
         ]
+    if teacher is None:
+        return []  # none, or a name that leads nowhere: said elsewhere
     if isinstance(model, Extended):
         if not isinstance(teacher, D3GZSL | Extended):
             return [("teacher", f"{model.teacher!r} has no generator: name a student of method 'd3gzsl' or 'extended'")]

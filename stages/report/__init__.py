@@ -13,7 +13,9 @@ A task adds `stages/report/<task>.py`, which has
     METRICS         what stages/evaluate/<task>.py measures, in the order of the columns: {name: results.Metric}
     main_metric     the name of the one that models are compared by: main_metric(its data set in params.yaml) -> str;
                     stages/scores/<task>.py says what it is made from
-    PARITY          the name of the one that exports are checked by
+    PARITY          the one that exports are checked by: results.Metric
+    relatives       methods of students that a model is compared with, the first in the table too, where it is the same
+                    for all: relatives(model: results.Model) -> tuple[str, ...]
     ANSWER          column of the samples with what a model answers, if students and teachers are to be compared by it;
                     None otherwise
     size            what goes into a model, in a word: size(interface of its description) -> str

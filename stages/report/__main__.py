@@ -96,13 +96,13 @@ def _group(group: Group, task: Any, revision: str | None) -> list[page.Html]:
     facts = sections.facts(group)
     if not group.models:
         return [facts, *(page.note(line) for line in group.notes)]
+    served = [("Export", sections.export(group, task)), ("Latency and size", sections.latency(group))]
     titled = [
         ("Comparison", comparison.html(group, task)),
         ("Who learns from whom", sections.chain(group, task)),
         ("Training", sections.curves(group, task)),
         *task.figures(group),
-        ("Export", sections.export(group, task)),
-        ("Latency and size", sections.latency(group)),
+        *([] if group.encodes else served),
         ("Validation of the data", sections.validation(group, PAGE.parent)),
         ("Reproduce", sections.reproduce(group, revision)),
     ]

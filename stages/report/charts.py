@@ -12,6 +12,8 @@ SERIES = 8
 POINTS = 160
 WIDTH, HEIGHT = 360, 224
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 36
+# Side of a cloud of points, and how near to its edge they come.
+CLOUD, CLOUD_EDGE = 160, 5
 # About how wide a character is, in the text of charts and in bold.
 CHARACTER, BOLD = 6.8, 8.2
 SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
@@ -34,6 +36,16 @@ class Axis:
     ticks: list[tuple[float, str]]
     last: float
     label: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a series that stands out: a dot, or a ring."""
+
+    number: int
+    place: float
+    value: float
+    ring: bool
 
 
 @dataclass(frozen=True)
@@ -95,11 +107,18 @@ def steps(last: float) -> Axis:
     return Axis(ticks[::every], max(last, 1), "training step")
 
 
-def lines(series: Mapping[int, tuple[np.ndarray, np.ndarray]], scale: Scale, axis: Axis, description: str) -> Html:
+def lines(
+    series: Mapping[int, tuple[np.ndarray, np.ndarray]],
+    scale: Scale,
+    axis: Axis,
+    description: str,
+    marks: Sequence[Mark] = (),
+) -> Html:
     """Curves.
 
     Args:
         series: places on the horizontal axis and values, by the number that gives colour and dashes.
+        marks: drawn above all curves.
     """
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
@@ -118,10 +137,13 @@ def lines(series: Mapping[int, tuple[np.ndarray, np.ndarray]], scale: Scale, axi
     parts.append(tag("text", axis.label, x=right, y=HEIGHT - 4, text_anchor="end", class_="soft"))
     for number, (places, values) in series.items():
         points = [f"{x(a):.1f},{y(b):.1f}" for a, b in zip(*thin(places, values), strict=True)]
-        kind = f"line s{number % SERIES}"
-        if len(points) == 1:
-            points *= 2
-        parts.append(tag("polyline", points=" ".join(points), class_=kind))
+        parts.append(tag("polyline", points=" ".join(points), class_=f"line s{number % SERIES}"))
+    # A line of one point cannot be seen.
+    dots = [Mark(number, float(a[0]), float(b[0]), ring=False) for number, (a, b) in series.items() if len(a) == 1]
+    for mark in (*dots, *marks):
+        kind = f"mark s{mark.number % SERIES}" + " ring" * mark.ring
+        at = {"cx": f"{x(mark.place):.1f}", "cy": f"{y(mark.value):.1f}"}
+        parts.append(tag("circle", **at, r=4.5 if mark.ring else 2, class_=kind))
     return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=description)
 
 
@@ -136,6 +158,56 @@ def legend(names: Mapping[int, str]) -> Html:
         for number, name in names.items()
     ]
     return tag("ul", *items, class_="legend")
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Two kinds of points in the plane, drawn as dots and as crosses, and a line from mean to mean.
+
+    Attributes:
+        dots: (N, 2). crosses: (M, 2). means: (2,) of either kind.
+    """
+
+    dots: np.ndarray
+    crosses: np.ndarray
+    means: tuple[np.ndarray, np.ndarray]
+    description: str
+
+
+def clouds(drawn: Sequence[Cloud], name: str) -> list[Html]:
+    """A square each, all with the same axes of equal units, and behind it, faintly, the dots of all.
+
+    Args:
+        name: of no other clouds on the page.
+    """
+    every = np.concatenate(
+        [points for cloud in drawn for points in (cloud.dots, cloud.crosses, *cloud.means)], axis=None
+    )
+    low, high = every.reshape(-1, 2).min(axis=0), every.reshape(-1, 2).max(axis=0)
+    unit = (CLOUD - 2 * CLOUD_EDGE) / max(float((high - low).max()), np.finfo(float).tiny)
+    centre = (low + high) / 2
+
+    def at(point: np.ndarray) -> str:
+        across, up = (point - centre) * unit
+        return f"{CLOUD / 2 + across:.1f},{CLOUD / 2 - up:.1f}"
+
+    def dots(points: np.ndarray) -> str:
+        return "".join(f"M{at(point)}h0" for point in points)
+
+    # Written once, and shown in every square.
+    behind = tag("path", d=dots(np.concatenate([cloud.dots for cloud in drawn])), id=name, class_="dots behind")
+    found: list[Html] = []
+    for cloud in drawn:
+        start, end = cloud.means
+        parts = (
+            tag("use", href=f"#{name}") if found else behind,
+            tag("path", d=dots(cloud.dots), class_="dots s0"),
+            tag("path", d="".join(f"M{at(point)}m-2,-2l4,4m0,-4l-4,4" for point in cloud.crosses), class_="crosses s1"),
+            tag("path", d=f"M{at(start)}L{at(end)}", class_="between"),
+        )
+        box = f"0 0 {CLOUD} {CLOUD}"
+        found.append(tag("svg", *parts, viewBox=box, role="img", aria_label=cloud.description))
+    return found
 
 
 def thin(steps: np.ndarray, values: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,8 @@ from data.errors import UserError
 from stages.report.page import Html, join, note, table, tag
 from stages.report.results import (
     CO_TRAINED,
+    ENCODER,
+    LAST_EPOCH,
     PRETRAINED,
     SPLITS,
     Difference,
@@ -51,6 +53,7 @@ def columns(group: Group, task: Any) -> list[Column]:
         return Column(title, [(cell, "") if isinstance(cell, str) else cell for cell in cells], **more)
 
     label = main_metric(group, task)[1].label
+    against = next((methods[0] for model in group.models if (methods := task.relatives(model))), NOTHING)
     everything = [
         column("role", lambda model: model.role + "*" * (model.role == "assistant"), numeric=False),
         column("method", lambda model: model.method or NOTHING, numeric=False),
@@ -60,7 +63,7 @@ def columns(group: Group, task: Any) -> list[Column]:
             f"validation {label}", lambda model: _main(group, model, task, "validation"), band="validation", bold=True
         ),
         column(f"test {label}", lambda model: _main(group, model, task, "test"), band="test", bold=True),
-        column("vs alone", lambda model: _against(group, model, task), band="test"),
+        column(f"vs {against}", lambda model: _against(group, model, task), band="test"),
         column("agrees", lambda model: _agrees(group, model, task), band="test"),
         column("rows", lambda model: _of(model.description, lambda found: _rows(found.rows)), band="trained on"),
         column("params", lambda model: _of(model.description, lambda found: f"{found.parameters:,}"), band="cost"),
@@ -79,7 +82,8 @@ def main_metric(group: Group, task: Any) -> tuple[str, Metric]:
     """
     name = task.main_metric(group.entry)
     for model in group.models:
-        if any(name not in model.metrics[split] for split in SPLITS):
+        # Only a test split is sure to have samples of every kind.
+        if name not in model.metrics["test"]:
             raise UserError(
                 f"the figures of {model.name} hold no {name!r}, by which models of data set {group.dataset!r} are "
                 f"compared (they hold {', '.join(model.metrics['test'])}) · run `dvc repro evaluate@{group.task}`"
@@ -116,7 +120,7 @@ def text(group: Group, task: Any) -> str:
     remarks = [*explanations(group, task), *conclusions(group, task), *group.notes]
     if left_out:
         remarks.append(f"The page has more columns: {', '.join(left_out)}.")
-    if group.models and not any(model.latency for model in group.models):
+    if group.models and not group.encodes and not any(model.latency for model in group.models):
         remarks.append(f"Latency is not measured: `python -m stages.latency {group.task}`, alone on the machine")
     wrapped = [textwrap.fill(remark, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for remark in remarks]
     return "\n".join([head, "", *(lines if group.models else []), "", *wrapped])
@@ -199,8 +203,9 @@ def explanations(group: Group, task: Any) -> list[str]:
     name, metric = main_metric(group, task)
     if any(error_of(model, name, "test") is not None for model in group.models):
         unit = "in per cent, " if metric.percent else ""
-        compared = {found.name for model in group.models if (found := _alone(group, model)) is not None}
-        against = f"; vs alone: difference to {', '.join(sorted(compared))} on the same samples" if compared else ""
+        found = [(task.relatives(model)[0], other) for model in group.models if (other := _nearest(group, model, task))]
+        compared = ", ".join(sorted({other.name for _, other in found}))
+        against = f"; vs {found[0][0]}: difference to {compared} on the same samples" if found else ""
         lines.append(
             f"{metric.label} {unit}\N{PLUS-MINUS SIGN} one standard error{against}. These errors cover the choice of "
             "test samples, not what another seed of the training would change."
@@ -209,6 +214,12 @@ def explanations(group: Group, task: Any) -> list[str]:
         lines.append("agrees: test samples to which a model answers what its teacher answers, in per cent.")
     if any(model.role == PRETRAINED for model in group.models):
         lines.append(f"{PRETRAINED}: it has not learnt the task, others begin with it; its figures mean nothing.")
+    if any(model.role == ENCODER for model in group.models):
+        lines.append(f"{ENCODER}: another data set holds the features that it makes; how it answers is left behind.")
+    if any(model.role == LAST_EPOCH for model in group.models):
+        lines.append(
+            f"{LAST_EPOCH}: a student at the end of its training; by the validation split another epoch was kept."
+        )
     if any(model.role == "assistant" for model in group.models):
         lines.append("* an assistant only teaches: it is not deployed and not exported.")
     return lines
@@ -221,7 +232,8 @@ def conclusions(group: Group, task: Any) -> list[str]:
     lines = []
     name, metric = main_metric(group, task)
     for model in group.models:
-        if model.role == "teacher" and (found := _compare(group, model, "alone", name)):
+        compared = "alone" in task.relatives(model)
+        if model.role == "teacher" and compared and (found := _compare(group, model, "alone", name)):
             other, gap = found
             leads = gap.beyond(TEACHER_ERRORS) and gap.value > 0
             verdict = (
@@ -232,7 +244,7 @@ def conclusions(group: Group, task: Any) -> list[str]:
             lines.append(f"{model.name} (teacher) is {_distance(gap, other, metric)}: {verdict}.")
     students = [model for model in group.models if model.role == "student"]
     for model in students or [model for model in group.models if model.method == "kd"]:
-        methods = [method for method in ("alone", "kd") if method != model.method]
+        methods = [method for method in task.relatives(model) if method != model.method]
         known = [found for method in methods if (found := _compare(group, model, method, name))]
         if known:
             seeds = "one seed" if model.seeds == 1 else f"one of {model.seeds} seeds"
@@ -275,14 +287,15 @@ def _compare(group: Group, model: Model, method: str, metric: str) -> tuple[Mode
     return (other, gap) if other and gap else None
 
 
-def _alone(group: Group, model: Model) -> Model | None:
-    """What a model's difference is taken to; a model that learnt alone is what others are compared with."""
-    return None if model.method == "alone" else group.reference(model, "alone")
+def _nearest(group: Group, model: Model, task: Any) -> Model | None:
+    """What a model's difference is taken to: the first of its relatives, unless that is its own method."""
+    method = next(iter(task.relatives(model)), model.method)
+    return None if method is None or method == model.method else group.reference(model, method)
 
 
 def _against(group: Group, model: Model, task: Any) -> tuple[str, str]:
     name, metric = main_metric(group, task)
-    other = _alone(group, model)
+    other = _nearest(group, model, task)
     gap = difference(model, other, name, "test") if other else None
     if gap is None:
         return NOTHING, ""
@@ -306,6 +319,8 @@ def _rows(rows: dict[str, int]) -> str:
 
 def _main(group: Group, model: Model, task: Any, split: str) -> tuple[str, str]:
     name, metric = main_metric(group, task)
+    if name not in model.metrics[split]:
+        return NOTHING, ""
     error = error_of(model, name, split)
     return metric.show(model.metrics[split][name]), "" if error is None else metric.show(error)
 

@@ -152,7 +152,7 @@ thead th { border-top: 0; white-space: normal; font-weight: 600; color: var(--so
 thead .bands th { padding-bottom: 0; color: var(--text); }
 tbody th { font-weight: 500; position: sticky; left: 0; background: var(--card); }
 thead th:first-child { position: sticky; left: 0; }
-.side { display: flex; flex-wrap: wrap; gap: 0 1.5rem; }
+.side { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 0 1.5rem; }
 .side > div { min-width: 0; }
 .n { text-align: right; }
 .b { font-weight: 700; color: var(--text); }
@@ -179,6 +179,12 @@ svg .head { fill: var(--soft); }
 .s5 { stroke: var(--s5); }
 .s6 { stroke: var(--s6); stroke-dasharray: 7 3; }
 .s7 { stroke: var(--s7); stroke-dasharray: 2 2.5; }
+svg .mark { stroke-width: 4; stroke-dasharray: none; fill: none; }
+svg .mark.ring { stroke-width: 2; fill: var(--card); }
+.dots { fill: none; stroke-width: 3.4; stroke-linecap: round; stroke-opacity: .7; }
+.dots.behind { stroke: var(--line); stroke-dasharray: none; stroke-width: 3; stroke-opacity: 1; }
+svg .crosses { fill: none; stroke-width: 1.1; stroke-dasharray: none; stroke-opacity: .8; }
+svg .between { fill: none; stroke: var(--text); stroke-width: 2; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .87rem; margin: .5rem 0; padding: 0;
   list-style: none; }
 .legend li { display: flex; align-items: center; gap: .45rem; }
@@ -186,6 +192,13 @@ svg .head { fill: var(--soft); }
 .charts figure, .sample { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   padding: .7rem .8rem; min-width: 0; }
 .charts figure > svg { width: 100%; height: auto; }
+.charts.large { flex: 0 1 27rem; margin: .7rem 0; }
+.clouds { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.5rem), 1fr)); gap: .7rem; }
+.clouds figure { margin: 0; padding: .4rem .5rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 6px; min-width: 0; }
+.clouds svg { width: 100%; height: auto; }
+.clouds figcaption { font-size: .8rem; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.clouds b { color: var(--text); }
 .charts figcaption { font-size: .87rem; margin-bottom: .3rem; }
 .charts figcaption b { color: var(--text); }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 14.5rem), 1fr)); gap: .9rem; }

@@ -25,7 +25,7 @@ METRICS = {
 }
 
 ANSWER = None
-PARITY = "top_1"
+PARITY = METRICS["top_1"]
 
 DISAGREED, OTHERS = 9, 3
 SIDE = 96
@@ -34,6 +34,11 @@ SIDE = 96
 def main_metric(dataset: Dataset) -> str:
     """The same of every data set."""
     return "top_1"
+
+
+def relatives(model: Model) -> tuple[str, ...]:
+    """The same of every model."""
+    return ("alone", "kd")
 
 
 def size(interface: dict[str, Any]) -> str:

@@ -15,9 +15,11 @@ from stages.parameters import Parameters
 from stages.parameters.shared import Dataset, Source, Student, Task, Teacher
 from stages.scores import Scores, comparable, influence, scores, standard_error
 
-BASELINES = ("alone", "kd")
 # Roles of teachers; a companion of that name is a teacher too, which learnt with its student.
 TEACHER, PRETRAINED, CO_TRAINED = "teacher", "pretrained", "co-trained teacher"
+ENCODER, LAST_EPOCH = "encoder", "last epoch"
+# Of what was trained beside a student and is evaluated, by name.
+COMPANIONS = {TEACHER: CO_TRAINED, "last": LAST_EPOCH}
 SPLITS = ("validation", "test")
 
 
@@ -62,8 +64,11 @@ class Model:
 
     Attributes:
         folder: of its weights.
-        role: teacher, assistant, baseline or student; pretrained is a teacher that has not learnt the task, co-trained
-            teacher one that learnt with its student, is named after it, and follows it.
+        role: teacher, assistant, baseline or student; pretrained is a teacher that has not learnt the task, encoder one
+            that makes the features of another data set. Co-trained teacher is one that learnt with its student, last
+            epoch that student at the end of a training of which another epoch was kept: both are named after the
+            student, and follow it.
+        method: what the student's is known as, or that of the student a model was trained beside.
         deployed: it has an entry among the exports.
         learnt_from: the model it learnt from, for a co-trained teacher the one it began as; None where that were
             labels alone.
@@ -131,6 +136,11 @@ class Group:
         """The teacher that learnt the task by itself and has the same network and input as this model."""
         teachers = [other for other in self.models if other.role == TEACHER]
         return next((other for other in teachers if _shape(other) == _shape(model) is not None), None)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether nothing is to be answered here: another data set is made of this one."""
+        return bool(self.models) and all(model.role == ENCODER for model in self.models)
 
     def test_samples(self) -> int:
         """Samples of the test split; 0 where no file tells."""
@@ -249,8 +259,8 @@ def _model(
         name=name,
         task=task,
         folder=folder,
-        role=CO_TRAINED if companion else _role(name, entry, parameters),
-        method=entry.method if isinstance(entry, Student) else None,
+        role=COMPANIONS.get(companion, companion) if companion else _role(name, entry, parameters),
+        method=entry.known_as if isinstance(entry, Student) else None,
         learnt_from=_learnt_from(name, entry),
         deployed=name in parameters.exports,
         seeds=sum(_but_seed(other) == _but_seed(entry) for other in members.values()),
@@ -268,11 +278,13 @@ def _model(
 
 def _role(name: str, entry: Teacher | Student, parameters: Parameters) -> str:
     if not isinstance(entry, Student):
+        if any(dataset.encoder == name for dataset in parameters.datasets.values()):
+            return ENCODER
         return PRETRAINED if entry.pretrained else TEACHER
     teaches = any(student.teacher == name for student in parameters.students.values())
     if teaches and name not in parameters.exports:
         return "assistant"
-    return "baseline" if entry.method in BASELINES else "student"
+    return "baseline" if entry.teacher == "none" or entry.method == "kd" else "student"
 
 
 def _learnt_from(name: str, entry: Teacher | Student) -> str | None:

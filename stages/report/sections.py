@@ -1,6 +1,7 @@
 """What tasks share: who teaches whom, curves, figures by class, export, latency, validation, how to reproduce."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,18 +127,25 @@ def _chart(
     return tag("figure", tag("figcaption", tag("b", name), of, more), drawing)
 
 
-def by_class(group: Group, figure: str, counted: str, said: str) -> Html:
-    """A share on the test split by class and model; the further from 1, the stronger the shade.
-
-    Args:
-        figure, counted: columns of <model>.classes.csv: the share, and what its class has in the test split.
-        said: what the share is.
-    """
-    tables = {
+def classes_of_test(group: Group) -> dict[str, pd.DataFrame]:
+    """Of every model by name, its rows of <model>.classes.csv about the test split, by label."""
+    return {
         model.name: model.classes[model.classes["split"] == "test"].set_index("label")
         for model in group.models
         if model.classes is not None
     }
+
+
+def by_class(
+    group: Group, figure: str, counted: str, said: str, tables: Mapping[str, pd.DataFrame] | None = None
+) -> Html:
+    """A share on the test split by class and model; the further from 1, the stronger the shade.
+
+    Args:
+        figure, counted: columns of <model>.classes.csv: the share, and what its class has in the test split.
+        said: what the share is. tables: some of `classes_of_test`, if not all.
+    """
+    tables = classes_of_test(group) if tables is None else tables
     if not tables:
         return note("There are no figures by class · run `dvc checkout` or `dvc repro`")
     shares = pd.DataFrame({name: found[figure] for name, found in tables.items()})
@@ -166,7 +174,7 @@ def _heat(share: float, worst: float) -> Html:
 
 def export(group: Group, task: Any) -> Html:
     """How near the exported graphs are to PyTorch."""
-    metric = task.METRICS[task.PARITY]
+    metric = task.PARITY
     rows = []
     for model in group.models:
         if model.exported is not None:
@@ -251,7 +259,7 @@ def reproduce(group: Group, revision: str | None) -> Html:
         ("make setup", "the environment, once"),
         (f"dvc repro evaluate@{group.task}", "trains what is not trained yet, evaluates every model"),
         *([(f"dvc repro {targets}", "")] if targets else []),
-        (f"python -m stages.latency {group.task}", "alone on the machine"),
+        *([] if group.encodes else [(f"python -m stages.latency {group.task}", "alone on the machine")]),
         (f"python -m stages.report {group.task}", "this page"),
     ]
     if revision is not None:

@@ -13,7 +13,7 @@ from stages import paths
 from stages.parameters.shared import Dataset
 from stages.report import charts, pictures, samples, sections
 from stages.report.page import Html, join, note, tag
-from stages.report.results import Group, Metric
+from stages.report.results import Group, Metric, Model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,7 +32,7 @@ METRICS = {
 }
 
 ANSWER = None
-PARITY = "miou"
+PARITY = METRICS["miou"]
 
 DIFFERENT, OTHERS = 4, 2
 # Pixels across a picture on the page, and at most inside the file.
@@ -42,6 +42,11 @@ SHOWN, KEPT = 176, 352
 def main_metric(dataset: Dataset) -> str:
     """The same of every data set."""
     return "miou"
+
+
+def relatives(model: Model) -> tuple[str, ...]:
+    """The same of every model."""
+    return ("alone", "kd")
 
 
 def size(interface: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ METRICS = {
     "cross_entropy": Metric("cross-entropy", False, "mean of -log of the probability of the true class, in nats"),
 }
 ANSWER = "prediction"
-PARITY = "accuracy"
+PARITY = METRICS["accuracy"]
 
 DISAGREED, OTHERS = 9, 3
 EXTREMES = 8
@@ -37,6 +37,11 @@ QUANTILES = {"highest tenth": 0.9, "median": 0.5, "lowest tenth": 0.1}
 def main_metric(dataset: Dataset) -> str:
     """The data set's own."""
     return str(getattr(dataset, "metric", "accuracy"))
+
+
+def relatives(model: Model) -> tuple[str, ...]:
+    """The same of every model."""
+    return ("alone", "kd")
 
 
 def size(interface: dict[str, Any]) -> str:

@@ -175,6 +175,10 @@ class Small:
             else f"models/trained/{self.task}/{name}"
         )
         weights = sha256(self.put(f"{trained}/weights.safetensors", f"{name} {model.weights}"))
+        if companion:
+            beside = [other.partition(".")[2] for other in self.models if other.startswith(f"{student}.")]
+            contents = {"models": beside, "evaluated": beside, "tables": []}
+            self.put(f"models/companions/{self.task}/{student}/contents.json", contents)
         source = {"name": "tiny", "licence": "none", "redistributable": self.redistributable}
         description = {
             "name": name,

@@ -441,7 +441,7 @@ def test_curves_stay_inside_their_chart(values: list[float]) -> None:
     for scale in scales:
         drawing = charts.lines({0: (np.arange(len(array)), array)}, scale, charts.steps(len(array) - 1), "test")
         points = re.findall(r"([\d.-]+),([\d.-]+)", re.findall(r'points="([^"]*)"', drawing)[0])
-        assert len(points) >= 2
+        assert len(points) >= 2 or drawing.count("<circle") == 1
         for x, y in points:
             assert charts.LEFT <= float(x) <= charts.WIDTH - charts.RIGHT
             assert charts.TOP - 0.1 <= float(y) <= charts.HEIGHT - charts.BOTTOM + 0.1

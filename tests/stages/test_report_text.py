@@ -128,7 +128,9 @@ def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pd.DataFrame({"row": rows, "visits": 3, "mean": rows - 9.5, "epoch_1": rows - 9.5, "epoch_2": rows - 20.0})
     table.loc[0, "epoch_2"] = np.nan
     table.to_csv("models/companions/text/text-lgtm/influence.csv", index=False)
-    Path("models/companions/text/text-kd").mkdir(parents=True)
+    for name, companions in {"lgtm": ["teacher"], "kd": []}.items():
+        contents = {"models": companions, "evaluated": companions, "tables": ["influence"] * len(companions)}
+        write(f"models/companions/text/text-{name}/contents.json", contents)
 
 
 def group() -> Group:

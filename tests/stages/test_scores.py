@@ -14,6 +14,7 @@ from scipy import stats
 from sklearn import metrics as sklearn
 
 from stages.scores import Scores, bootstrap, comparable, influence, recognition, scores, segmentation, standard_error
+from stages.scores import zero_shot as zero_shot_scores
 
 CLASSES = 4
 
@@ -196,6 +197,76 @@ def test_the_error_of_spearman_is_nearly_that_of_ranking_anew() -> None:
         stats.spearmanr(predicted[rows], actual[rows]).statistic for rows in generator.integers(300, size=(600, 300))
     ]
     assert found.error == pytest.approx(np.std(again), rel=0.15)
+
+
+# Figures of zero-shot recognition
+
+ZERO_SHOT = ["harmonic_mean", "seen", "unseen", "unseen_only", "calibrated_harmonic_mean"]
+
+
+def zero_shot(seed: int, count: int, classes: int) -> pd.DataFrame:
+    """As reports/evaluation has it: unbalanced classes, some without a sample; the odd ones are unseen."""
+    generator = np.random.default_rng(seed)
+    labels = (classes * generator.random(count) ** 2).astype(int)
+    right, calibrated = (generator.random((2, count)) < generator.random((2, 1))).astype(int)
+    columns = {"correct": right, "calibrated": calibrated, "seen": (labels % 2 == 0).astype(int)}
+    unseen_prediction = np.where(generator.random(count) < 0.6, labels, labels + 2)
+    ids = [f"id-{row}" for row in range(count)]
+    return pd.DataFrame({"id": ids, "label": labels, "unseen_prediction": unseen_prediction, **columns})
+
+
+def by_class(samples: pd.DataFrame, metric: str) -> float:
+    """From the definition: means over classes of means over their samples; NaN where there is no class of a kind."""
+    hit = "calibrated" if metric == "calibrated_harmonic_mean" else "correct"
+    if metric == "unseen_only":
+        samples, hit = samples.assign(hit=samples["unseen_prediction"] == samples["label"]), "hit"
+    found = []
+    for kind in (1, 0):
+        part = samples[samples["seen"] == kind]
+        found.append(
+            float(np.mean([group[hit].mean() for _, group in part.groupby("label")])) if len(part) else math.nan
+        )
+    seen, unseen = found
+    if metric in ("seen", "unseen", "unseen_only"):
+        return seen if metric == "seen" else unseen
+    return stats.hmean([seen, unseen]) if not math.isnan(seen + unseen) else math.nan
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(2, 9), st.sampled_from(ZERO_SHOT))
+def test_figures_of_zero_shot_are_means_over_classes(seed: int, count: int, classes: int, metric: str) -> None:
+    samples = zero_shot(seed, count, classes)
+    assert scores("zero_shot", samples, metric).value == pytest.approx(by_class(samples, metric), nan_ok=True)
+
+
+def test_a_resample_without_a_class_leaves_it_out_of_the_mean() -> None:
+    """Hits, samples of seen, samples of unseen classes; of the last class of each kind nothing is left."""
+    totals = np.array([[3, 0, 1, 0], [4, 0, 0, 0], [0, 0, 2, 0]]).ravel()
+    figures = {metric: zero_shot_scores.figure(totals, metric) for metric in ZERO_SHOT}
+    assert [figures["seen"], figures["unseen"]] == [3 / 4, 1 / 2]
+    assert figures["harmonic_mean"] == pytest.approx(0.6)
+    assert zero_shot_scores.figure(np.array([0, 0, 5, 0, 0, 5]), "harmonic_mean") == 0
+    for lost in ([3, 0, 4, 0, 0, 0], [0, 1, 0, 0, 0, 2], [0] * 6):
+        assert math.isnan(zero_shot_scores.figure(np.array(lost), "harmonic_mean"))
+
+
+@pytest.mark.parametrize("metric", ZERO_SHOT)
+def test_the_bootstrap_of_zero_shot_puts_samples_together(metric: str) -> None:
+    """The very same draws, which lose classes now and then, and the definition on every heap."""
+    ours, theirs = zero_shot(5, 25, 6), zero_shot(6, 25, 6)
+    theirs[["label", "seen"]] = ours[["label", "seen"]]
+    found = bootstrap([scores("zero_shot", one, metric) for one in (ours, theirs)], 60, seed=3)
+    drawn = np.random.default_rng(3).integers(25, size=(60, 25))
+    assert any(ours["label"][rows].nunique() < ours["label"].nunique() for rows in drawn)
+    wanted = [[by_class(one.iloc[rows], metric) for rows in drawn] for one in (ours, theirs)]
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ZERO_SHOT)
+def test_errors_of_zero_shot_are_those_of_the_bootstrap(metric: str) -> None:
+    found = scores("zero_shot", zero_shot(2, 600, 6), metric)
+    (resampled,) = bootstrap([found], 5_000, 0)
+    assert found.error == pytest.approx(resampled.std(), rel=0.06)
 
 
 # Standard errors
