@@ -44,6 +44,7 @@ from stages.generators.generator import backbone
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+SHORT = 0.02  # seconds; what takes less is repeated
 Call = Callable[[], Sequence[Tensor]]
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -101,20 +102,30 @@ def products(call: Call) -> list[tuple[Callable[[], Tensor], int]]:
 def timed(calls: dict[str, Call], repetitions: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of every call, and of the matrix products of `ours` as `floor`; all of them alternate."""
     parts = products(calls["ours"])
-    times: dict[str, list[float]] = {name: [] for name in (*calls, "floor")}
+
+    def floor() -> float:
+        return sum(count * seconds(product, clock) for product, count in parts)
+
+    sides = {name: partial(seconds, call, clock) for name, call in calls.items()} | {"floor": floor}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repetitions):
-        for name, call in calls.items():
-            begun = clock()
-            call()
-            times[name].append(clock() - begun)
-        floor = 0.0
-        for product, count in parts:
-            product()
-            begun = clock()
-            product()
-            floor += count * (clock() - begun)
-        times["floor"].append(floor)
+        for name, side in sides.items():
+            times[name].append(side())
     return times
+
+
+def seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """Of one call; the mean over several in a row where one is short."""
+    begun = clock()
+    call()
+    first = clock() - begun
+    if first > SHORT:
+        return first
+    count = int(SHORT / max(first, 1e-6)) + 1
+    begun = clock()
+    for _ in range(count):
+        call()
+    return (clock() - begun) / count
 
 
 def agree(calls: dict[str, Call], relative: float) -> None:
