@@ -10,7 +10,7 @@ nothing; `fixed` is the same without that. Ours is the learner itself.
 Both sides get equal weights, batches and noise, and have to give equal values, which is checked before any time is
 taken. Repetitions of all sides alternate; a figure is a ratio within one run, of medians and of the shortest times. The
 floor is the time of the matrix products that our side makes, each of its shape and layout by itself, in the same run;
-the distribution loss makes none.
+the distribution loss makes hardly any.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from stages.distill.d3gzsl import (
     teacher_codes,
     unit,
 )
-from stages.generators.cegzsl import class_loss
+from stages.generators.cegzsl import class_loss, class_scores
 from stages.generators.generator import backbone
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
@@ -204,7 +204,7 @@ def scores(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         return class_loss(score(), targets, 0.1)
 
     return {
-        "ours": with_gradients(loss, leaves, lambda: comparator(hidden, attributes)),
+        "ours": with_gradients(loss, leaves, lambda: class_scores(comparator, hidden, attributes)),
         "loop": with_gradients(loss, leaves, lambda: sample_by_sample(comparator, hidden, attributes)),
     }
 
