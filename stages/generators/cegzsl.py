@@ -37,8 +37,7 @@ def instance_loss(projections: Tensor, labels: Tensor, temperature: float) -> Te
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = (labels[:, None] == labels) & ~itself
     count = positive.sum(1)
-    # The lowest number and no infinity: a single sample has nobody to be compared with.
-    others = similarities.masked_fill(itself, torch.finfo(z.dtype).min).logsumexp(1)
+    others = similarities.masked_fill(itself, -torch.inf).logsumexp(1)
     losses = others - torch.where(positive, similarities, 0).sum(1) / count.clamp_min(1)
     return torch.where(count > 0, losses, 0).sum() / (count > 0).sum().clamp_min(1)
 
