@@ -124,18 +124,21 @@ class _PlanarAgreement(torch.autograd.Function):
         both, count = torch.stack([rows, columns]), len(rows)
         orders = torch.arange(TERMS, device=both.device, dtype=both.dtype)
         angles = torch.atan2(both[..., 1], both[..., 0])[..., None] * orders
-        waves = torch.stack([angles.cos(), angles.sin()], 2)  # (2, N, 2, TERMS)
-        # The weights of one side's waves: what the other side is on average, and in the same group.
+        waves = torch.cat([angles.cos(), angles.sin()], 2)  # (2, N, 2 * TERMS)
         means = waves.mean(1)
-        weights = both.new_tensor(COEFFICIENTS) * means.flip(0)
-        ranks, low = _ranks(groups), waves[..., :2]
-        near = torch.zeros_like(low).index_add_(1, ranks, low).flip(0)[:, ranks].mul_(0.5 / count**2)
-        cosines, sines = (weights * orders).flatten(1).split(TERMS, 1)
-        turns = (waves.flatten(2) @ torch.cat([sines, -cosines], 1)[..., None]).squeeze(2) / count
-        turns += low[:, :, 1, 1] * near[:, :, 0, 1] - low[:, :, 0, 1] * near[:, :, 1, 1]
-        turns /= both.square().sum(2)
+        weights = both.new_tensor(COEFFICIENTS).repeat(2) * means.flip(0)
+        cosines, sines = (weights * orders.repeat(2)).split(TERMS, 1)
+        turns = (waves @ torch.cat([sines, -cosines], 1)[..., None]).squeeze(2) / count
+        # In the same group: how many, and the sum of the other side's vectors of length 1.
+        squares = both.square().sum(2)
+        units = both / squares.sqrt()[..., None]
+        ranks, table = _ranks(groups), torch.cat([units[1], units[0], units.new_ones(count, 1)], 1)
+        sums = torch.zeros_like(table).index_add_(0, ranks, table).index_select(0, ranks).mul_(0.5 / count**2)
+        near = torch.stack([sums[:, :2], sums[:, 2:4]])
+        turns += units[..., 1] * near[..., 0] - units[..., 0] * near[..., 1]
+        turns /= squares
         ctx.save_for_backward(torch.stack([-both[..., 1] * turns, both[..., 0] * turns], 2))
-        return (means[0] * weights[0]).sum() - (low[0] * near[0]).sum()
+        return (means[0] * weights[0]).sum() - (units[0] * near[0]).sum() - sums[:, 4].sum()
 
     @staticmethod
     @once_differentiable
