@@ -8,8 +8,9 @@ default. In the critic's phase it keeps the graph of the synthesised rows and go
 nothing; `fixed` is the same without that. Ours is the learner itself.
 
 Both sides get equal weights, batches and noise, and have to give equal values, which is checked before any time is
-taken. Repetitions of all sides alternate; times are medians, and a figure is a ratio within one run. `floor` is the time
-of the matrix products that our side makes, each of its shape and layout by itself, in the same run.
+taken. Repetitions of all sides alternate; a figure is a ratio within one run, of medians and of the shortest times. The
+floor is the time of the matrix products that our side makes, each of its shape and layout by itself, in the same run;
+the distribution loss makes hardly any.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +29,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import zero_shot
-from stages.distill.d3gzsl import distribution_loss, embedding_loss, unit
-from stages.generators.cegzsl import class_loss
+from stages.distill.d3gzsl import (
+    Confidence,
+    Head,
+    distribution_loss,
+    embedding_loss,
+    label_loss,
+    max_log_softmax,
+    teacher_codes,
+    unit,
+)
+from stages.generators.cegzsl import class_loss, class_scores
+from stages.generators.generator import backbone
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+SHORT = 0.02  # seconds; what takes less is repeated
 Call = Callable[[], Sequence[Tensor]]
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -85,50 +99,58 @@ def products(call: Call) -> list[tuple[Callable[[], Tensor], int]]:
     return made
 
 
-def timed(calls: dict[str, Call], repetitions: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of every call, and of the matrix products of `ours` as `floor`; all of them alternate."""
+def timed(calls: dict[str, Call], repetitions: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of every call, and of the matrix products of `ours` as `floor`; all of them alternate."""
     parts = products(calls["ours"])
-    times: dict[str, list[float]] = {name: [] for name in (*calls, "floor")}
+
+    def floor() -> float:
+        return sum(count * seconds(product, clock) for product, count in parts)
+
+    sides = {name: partial(seconds, call, clock) for name, call in calls.items()} | {"floor": floor}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repetitions):
-        for name, call in calls.items():
-            begun = clock()
-            call()
-            times[name].append(clock() - begun)
-        floor = 0.0
-        for product, count in parts:
-            product()
-            begun = clock()
-            product()
-            floor += count * (clock() - begun)
-        times["floor"].append(floor)
-    return {name: statistics.median(found) for name, found in times.items()}
+        for name, side in sides.items():
+            times[name].append(side())
+    return times
+
+
+def seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """Of one call; the mean over several in a row where one is short."""
+    begun = clock()
+    call()
+    first = clock() - begun
+    if first > SHORT:
+        return first
+    count = int(SHORT / max(first, 1e-6)) + 1
+    begun = clock()
+    for _ in range(count):
+        call()
+    return (clock() - begun) / count
 
 
 def agree(calls: dict[str, Call], relative: float) -> None:
     """Refuse to compare what does not compute the same; each value within a share of its largest number."""
     expected = calls["ours"]()
-    for name, call in calls.items():
-        for found, wanted in zip(call(), expected, strict=True):
+    for name in list(calls)[1:]:
+        for found, wanted in zip(calls[name](), expected, strict=True):
             off = (found - wanted).abs().max().item()
             assert off <= relative * wanted.abs().max().item(), f"{name} differs by {off:.2g}"
-
-
-def same(labels: Tensor) -> Tensor:
-    return (labels[:, None] == labels).float()
 
 
 def pair_by_pair(rows: Tensor, columns: Tensor, labels: Tensor) -> Tensor:
     """Every pair of rows side by side."""
     count = len(rows)
     cosines = F.cosine_similarity(rows.repeat_interleave(count, 0), columns.repeat(count, 1), eps=1e-8)
-    return F.binary_cross_entropy_with_logits((1 + cosines) / 2, same(labels).flatten())
+    same = (labels[:, None] == labels).flatten().to(cosines.dtype)
+    return F.binary_cross_entropy_with_logits((1 + cosines) / 2, same)
 
 
 def by_product(rows: Tensor, columns: Tensor, labels: Tensor) -> Tensor:
     """Rows of length 1, then one matrix product."""
     rows, columns = (x / x.norm(dim=1, keepdim=True) for x in (rows, columns))
     similarity = (1 + rows @ columns.T) / 2
-    return (torch.log(1 + similarity.exp()) - same(labels) * similarity).mean()
+    same = (labels[:, None] == labels).to(rows.dtype)
+    return (torch.log(1 + similarity.exp()) - same * similarity).mean()
 
 
 def sample_by_sample(comparator: zero_shot.Comparator, hidden: Tensor, attributes: Tensor) -> Tensor:
@@ -148,9 +170,9 @@ def with_gradients(loss: Callable[..., Tensor], leaves: Sequence[Tensor], *input
     return call
 
 
-def embeddings(size: Size) -> dict[str, Call]:
+def embeddings(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     """Teacher's and student's, after a ReLU. What the teacher says of real rows is known from the beginning."""
-    teacher, student = (torch.randn(size.batch, size.embedding).relu() for _ in range(2))
+    teacher, student = (torch.randn(size.batch, size.embedding, dtype=dtype).relu() for _ in range(2))
     labels, known = torch.randint(size.seen, (size.batch,)), unit(teacher)
     student.requires_grad_()
     return {
@@ -160,8 +182,8 @@ def embeddings(size: Size) -> dict[str, Call]:
     }
 
 
-def codes(size: Size) -> dict[str, Call]:
-    student, teacher = ((2 * torch.randn(size.mixed, 2)).softmax(1).requires_grad_() for _ in range(2))
+def codes(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
+    student, teacher = ((2 * torch.randn(size.mixed, 2, dtype=dtype)).softmax(1).requires_grad_() for _ in range(2))
     labels = torch.randint(size.seen + size.unseen, (size.mixed,))
     return {
         "ours": with_gradients(distribution_loss, [student, teacher], student, teacher, labels),
@@ -170,16 +192,249 @@ def codes(size: Size) -> dict[str, Call]:
     }
 
 
-def scores(size: Size) -> dict[str, Call]:
-    comparator = zero_shot.Comparator(size.embedding, size.attributes, size.embedding)
-    hidden, attributes = torch.rand(size.scored, size.embedding).requires_grad_(), torch.rand(size.seen, size.attributes)
-    targets = torch.randint(size.seen, (size.scored,))
-    leaves = [hidden, *comparator.parameters()]
+def scores(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
+    """Cross-entropy of the comparator's scores, as wide as the embedding."""
+    comparator = zero_shot.Comparator(size.embedding, size.attributes, size.embedding).to(dtype)
+    hidden = torch.rand(size.scored, size.embedding, dtype=dtype).requires_grad_()
+    attributes, targets = torch.rand(size.seen, size.attributes, dtype=dtype), torch.randint(size.seen, (size.scored,))
+    # Not the last bias: all classes share it, and its gradient is 0 but for rounding.
+    leaves = [hidden, *comparator.fc1.parameters(), comparator.fc2.weight]
 
-    def loss(score: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        return lambda: class_loss(score(), targets, 0.1)
+    def loss(score: Callable[..., Tensor]) -> Tensor:
+        return class_loss(score(), targets, 0.1)
 
     return {
-        "ours": with_gradients(loss(lambda: comparator(hidden, attributes)), leaves),
-        "loop": with_gradients(loss(lambda: sample_by_sample(comparator, hidden, attributes)), leaves),
+        "ours": with_gradients(loss, leaves, lambda: class_scores(comparator, hidden, attributes)),
+        "loop": with_gradients(loss, leaves, lambda: sample_by_sample(comparator, hidden, attributes)),
     }
+
+
+class Draw(NamedTuple):
+    """What one update draws: real rows with labels, noise for a fake of each, where the slope is penalised, and noise
+    for the synthesised rows of unseen classes."""
+
+    real: Tensor
+    labels: Tensor
+    noise: Tensor
+    mix: Tensor | None
+    unseen: Tensor
+
+
+class Official(nn.Module):
+    """An outer iteration as the official matrix-product variant makes it; `steps` are six draws.
+
+    Networks are copies of the learner's. `fixed`: the generator's weights get no gradient in the critic's phase.
+    """
+
+    def __init__(
+        self, networks: dict[str, nn.Module], seen: Tensor, unseen: Tensor, weight: float, fixed: bool
+    ) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(copy.deepcopy(networks))
+        self.seen, self.unseen, self.weight, self.fixed = seen, unseen, weight, fixed
+        parts = {name: list(module.parameters()) for name, module in self.networks.items() if name != "teacher"}
+        embedding, classifier = parts.pop("student")[:2], self.networks["student"].classifier
+        groups = [*parts.items(), ("embedding", embedding), ("classifier", list(classifier.parameters()))]
+        self.optimizers = {name: torch.optim.Adam(group, 1e-4, (0.5, 0.999)) for name, group in groups}
+
+    def forward(self, steps: Sequence[Draw]) -> list[Tensor]:
+        found = []
+        generator, critic = self.networks["generator"], self.networks["critic"]
+        for draw in steps[:-1]:
+            generator.requires_grad_(not self.fixed)
+            fake = self.synthesise(draw.noise, draw.labels)
+            terms = [self.judge(fake.detach(), draw.labels).mean() - self.judge(draw.real, draw.labels).mean()]
+            terms.append(self.penalty(draw, fake.detach()))
+            (sum(terms) + 0).backward()
+            found += [*terms, self.distribute(draw)]
+            self.update("critic")
+        generator.requires_grad_(True)
+        critic.requires_grad_(False)
+        draw = steps[-1]
+        own = -self.judge(self.synthesise(draw.noise, draw.labels), draw.labels).mean()
+        own.backward()
+        found += [own, self.distribute(draw)]
+        self.update("generator")
+        critic.requires_grad_(True)
+        return [term.detach() for term in found]
+
+    def update(self, name: str) -> None:
+        for each in (name, "embedding", "classifier", "head", "confidence"):
+            self.optimizers[each].step()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
+    def synthesise(self, noise: Tensor, labels: Tensor) -> Tensor:
+        return through(self.networks["generator"], noise, labels).relu()
+
+    def judge(self, features: Tensor, labels: Tensor) -> Tensor:
+        return through(self.networks["critic"], features, labels)
+
+    def penalty(self, draw: Draw, fake: Tensor) -> Tensor:
+        between = (draw.mix * draw.real + (1 - draw.mix) * fake).requires_grad_()
+        value = self.judge(between, draw.labels)
+        (slope,) = torch.autograd.grad(value, between, torch.ones_like(value), create_graph=True)
+        return 10 * (slope.norm(dim=1) - 1).square().mean()
+
+    def distribute(self, draw: Draw) -> Tensor:
+        """L_d3 of one mixed batch, and its gradients."""
+        student, teacher = self.networks["student"], self.networks["teacher"]
+        made = self.unseen.repeat_interleave(len(draw.unseen) // len(self.unseen))
+        mixed = torch.cat([self.synthesise(draw.unseen, made), draw.real])
+        labels = torch.cat([made, draw.labels])
+        theirs, ours = teacher.embedding(mixed), student.embedding(mixed)
+        known, logits = teacher.classifier(theirs), student.classifier(ours)
+        real = slice(len(made), None)
+        confidence = self.networks["confidence"](known.log_softmax(1).max(1).values)
+        code = torch.stack([confidence, 1 - confidence], 1).softmax(1)
+        inside = by_product(theirs[real], ours[real], draw.labels) + F.kl_div(
+            logits[real][:, self.seen].log_softmax(1), known[real].softmax(1), reduction="batchmean"
+        )
+        own = self.networks["head"].fc(logits.log_softmax(1)).softmax(1)
+        terms = F.nll_loss(logits.log_softmax(1), labels) + inside + by_product(own, code, labels)
+        (self.weight * terms).backward()
+        return terms
+
+
+def through(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Both layers of a generator or critic, with inputs and attributes side by side."""
+    hidden = network.fc1(torch.cat([inputs, network.attributes[labels]], 1))
+    return network.fc2(F.leaky_relu(hidden, zero_shot.SLOPE))
+
+
+class Ours:
+    """The same of the project's functions; what the teacher says of real rows is known from the beginning."""
+
+    def __init__(self, networks: dict[str, nn.Module], backbone: Any, seen: Tensor, unseen: Tensor, weight: float):
+        self.networks, self.backbone, self.seen, self.unseen, self.weight = networks, backbone, seen, unseen, weight
+        parts = {name: list(module.parameters()) for name, module in networks.items() if name != "teacher"}
+        self.optimizers = {
+            name: torch.optim.Adam(group, 1e-4, (0.5, 0.999), fused=True) for name, group in parts.items()
+        }
+
+    def __call__(self, steps: Sequence[Draw], known: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        found = []
+        for draw, told in zip(steps[:-1], known, strict=True):
+            with torch.no_grad():
+                fake, made = self.synthesise(draw)
+            terms = list(self.backbone.critic_terms(draw.real, draw.labels, fake, draw.mix).values())
+            terms.append(self.distribute(draw, made, told))
+            self.update("critic", terms)
+            found += terms
+        draw = steps[-1]
+        fake, made = self.synthesise(draw)
+        terms = list(self.backbone.generator_terms(draw.real, draw.labels, fake).values())
+        terms.append(self.distribute(draw, made, known[-1]))
+        self.update("generator", terms)
+        return [term.detach() for term in found + terms]
+
+    def update(self, name: str, terms: Sequence[Tensor]) -> None:
+        chosen = [self.optimizers[each] for each in (name, "student", "head", "confidence")]
+        weights = [weight for optimizer in chosen for weight in optimizer.param_groups[0]["params"]]
+        total = torch.stack([*terms[:-1], self.weight * terms[-1]]).sum()
+        for weight, gradient in zip(weights, torch.autograd.grad(total, weights), strict=True):
+            weight.grad = gradient
+        for optimizer in chosen:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def synthesise(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        labels = torch.cat([draw.labels, self.unseen.repeat_interleave(len(draw.unseen) // len(self.unseen))])
+        fake, made = self.networks["generator"](torch.cat([draw.noise, draw.unseen]), labels).split(
+            [len(draw.noise), len(draw.unseen)]
+        )
+        return fake, made
+
+    def distribute(self, draw: Draw, made: Tensor, known: Sequence[Tensor]) -> Tensor:
+        student, teacher, count = self.networks["student"], self.networks["teacher"], len(made)
+        labels = torch.cat([self.unseen.repeat_interleave(count // len(self.unseen)), draw.labels])
+        ours = student.embedding(torch.cat([made, draw.real]))
+        logits = student.classifier(ours)
+        scores = max_log_softmax(teacher.classifier(teacher.embedding(made)))
+        code = teacher_codes(self.networks["confidence"](torch.cat([scores, known[2]])))
+        return (
+            F.cross_entropy(logits, labels)
+            + embedding_loss(known[0], ours[count:], draw.labels, unit_teacher=True)
+            + label_loss(known[1], logits[count:, self.seen])
+            + distribution_loss(self.networks["head"](logits), code, labels)
+        )
+
+
+def iteration(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
+    """Fresh networks on both sides; every call is the next iteration of its side, over the same draws."""
+    classes = size.seen + size.unseen
+    seen, unseen = torch.arange(classes).split([size.seen, size.unseen])
+    attributes = torch.rand(classes, size.attributes, dtype=dtype)
+    teacher = zero_shot.MLP(size.features, size.seen, size.embedding).to(dtype).requires_grad_(False)
+    student = zero_shot.MLP(size.features, classes, size.embedding).to(dtype)
+    zero_shot.initialise(teacher, student.embedding)
+    settings: Any = SimpleNamespace(hidden=size.hidden, noise=None, penalty=10.0)
+    chosen = backbone("clswgan")(settings, size.features, attributes, seen, student.embedding, size.embedding)
+    networks = {"generator": chosen.generator, "critic": chosen.critic, "student": student, "teacher": teacher}
+    networks |= {"head": Head(classes).to(dtype), "confidence": Confidence().to(dtype)}
+    real, labels = torch.rand(1024, size.features, dtype=dtype), torch.randint(size.seen, (1024,))
+    with torch.no_grad():
+        output = teacher(real)
+        known = unit(output.embedding), output.logits, max_log_softmax(output.logits)
+    steps, told = [], []
+    draws = [torch.randint(1024, (size.batch,)) for _ in range(5)]
+    for rows in (*draws, draws[-1]):
+        noise, others = (torch.randn(count, size.attributes, dtype=dtype) for count in (size.batch, size.mixed))
+        mix = torch.rand(size.batch, 1, dtype=dtype)
+        steps.append(Draw(real[rows], labels[rows], noise, mix, others[size.batch :]))
+        told.append([tensor[rows] for tensor in known])
+    theirs = {
+        name: Official(networks, seen, unseen, 1e-4, fixed)
+        for name, fixed in (("product", False), ("product, generator fixed", True))
+    }
+    ours = Ours(networks, chosen, seen, unseen, 1e-4)
+    return {"ours": lambda: ours(steps, told[:5]), **{name: partial(side, steps) for name, side in theirs.items()}}
+
+
+CASES = {"embedding loss": embeddings, "distribution loss": codes, "class scores": scores, "outer iteration": iteration}
+
+
+def main() -> None:
+    """Print a table, a row per comparison."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example, from the root of the project: PYTHONPATH=. python benchmarks/speed_d3gzsl.py --size bench "
+        "--clock processor --threads 1 --repetitions 5",
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--size", choices=SIZES, default="cub")
+    parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    size = SIZES[arguments.size]
+    print(
+        f"torch {torch.__version__}, {arguments.threads} threads, {torch.backends.cpu.get_cpu_capability()}, float32, "
+        f"{arguments.repetitions} repetitions, {arguments.clock} clock\n{size}\n"
+    )
+    print("| what | against | theirs, ms | ours, ms | ratio (median) | (shortest) | floor, ms | ours / floor |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for case in arguments.cases:
+        agree(CASES[case](SIZES["small"], torch.float64), 1e-9)
+        calls = CASES[case](size)
+        agree(calls, 1e-2)
+        found = timed(calls, arguments.repetitions, CLOCKS[arguments.clock])
+        middle, least = ({name: f(times) for name, times in found.items()} for f in (statistics.median, min))
+        for name in list(calls)[1:]:
+            cells = [
+                *(case, name, f"{1e3 * middle[name]:.2f}", f"{1e3 * middle['ours']:.2f}"),
+                *(f"{times[name] / times['ours']:.2f}" for times in (middle, least)),
+                *(
+                    f"{1e3 * middle['floor']:.2f}",
+                    f"{middle['ours'] / middle['floor']:.2f}" if middle["floor"] else "-",
+                ),
+            ]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

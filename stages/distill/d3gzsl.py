@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from stages.training import widen
 
 SHORTEST = 1e-8  # embeddings that are shorter count as so long
-TERMS = 16  # of the Chebyshev series of a softplus
+TERMS = 14  # of the Chebyshev series of a softplus
 NEAREST = 1e-6  # a similarity that is a probability stays so far from 0 and 1
 
 
@@ -114,8 +114,8 @@ class _PlanarAgreement(torch.autograd.Function):
     """`_agreement` with logits of the cosines of (N, 2) vectors, without a number for every pair.
 
     Vectors in a plane with angles a and b have the cosine cos(a - b). The mean of log(1 + exp((1 + cosine) / 2)) over
-    all pairs is the sum over k of its Chebyshev coefficients times the mean of cos(k (a - b)), the real part of
-    exp(ika) exp(-ikb), and so a product of two means. What pairs of the same group subtract is linear in 1 and in the
+    all pairs is the sum over k of its Chebyshev coefficients times the mean of cos(k (a - b)) = cos(ka) cos(kb) +
+    sin(ka) sin(kb), and so a sum of products of means. What pairs of the same group subtract is linear in 1 and in the
     cosine, which are the orders 0 and 1: sums over groups are enough. Exact to rounding, and differentiable once.
     """
 
@@ -124,17 +124,21 @@ class _PlanarAgreement(torch.autograd.Function):
         both, count = torch.stack([rows, columns]), len(rows)
         orders = torch.arange(TERMS, device=both.device, dtype=both.dtype)
         angles = torch.atan2(both[..., 1], both[..., 0])[..., None] * orders
-        waves = torch.complex(angles.cos(), angles.sin())
-        # Of one side, by what the other side is on average, and in the same group.
-        weights = both.new_tensor(COEFFICIENTS) / count * waves.mean(1, keepdim=True).flip(0).conj()
-        weights = weights.expand_as(waves).clone()
-        ranks = _ranks(groups)
-        sums = torch.zeros_like(waves[..., :2]).index_add_(1, ranks, waves[..., :2])
-        weights[..., :2] -= 0.5 / count**2 * sums.flip(0).conj()[:, ranks]
-        waves *= weights
-        turn = (waves.imag @ orders) / both.square().sum(2)
-        ctx.save_for_backward(torch.stack([both[..., 1], -both[..., 0]], 2).mul_(turn[..., None]))
-        return waves[0].real.sum()
+        waves = torch.cat([angles.cos(), angles.sin()], 2)  # (2, N, 2 * TERMS)
+        means = waves.mean(1)
+        weights = both.new_tensor(COEFFICIENTS).repeat(2) * means.flip(0)
+        cosines, sines = (weights * orders.repeat(2)).split(TERMS, 1)
+        turns = (waves @ torch.cat([sines, -cosines], 1)[..., None]).squeeze(2) / count
+        # In the same group: how many, and the sum of the other side's vectors of length 1.
+        squares = both.square().sum(2)
+        units = both / squares.sqrt()[..., None]
+        ranks, table = _ranks(groups), torch.cat([units[1], units[0], units.new_ones(count, 1)], 1)
+        sums = torch.zeros_like(table).index_add_(0, ranks, table).index_select(0, ranks).mul_(0.5 / count**2)
+        near = torch.stack([sums[:, :2], sums[:, 2:4]])
+        turns += units[..., 1] * near[..., 0] - units[..., 0] * near[..., 1]
+        turns /= squares
+        ctx.save_for_backward(torch.stack([-both[..., 1] * turns, both[..., 0] * turns], 2))
+        return (means[0] * weights[0]).sum() - (units[0] * near[0]).sum() - sums[:, 4].sum()
 
     @staticmethod
     @once_differentiable

@@ -6,14 +6,21 @@ projection of length 1, F = comparator, P(i) = other samples of the class of sam
 `instance_temperature`, `class_temperature`, w_i, w_c = `instance_weight`, `class_weight`.
 """
 
+from collections.abc import Iterator
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models import zero_shot
 from stages.generators import clswgan
 from stages.generators.generator import exactly, fixed
 from stages.parameters.zero_shot import CEGZSL
+
+CHUNK = 2**20  # hidden units at a time
+STRAIGHT, BENT = (1 + zero_shot.SLOPE) / 2, (1 - zero_shot.SLOPE) / 2  # LeakyReLU(x) = STRAIGHT * x + BENT * |x|
 
 
 def instance_loss(projections: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -30,10 +37,64 @@ def instance_loss(projections: Tensor, labels: Tensor, temperature: float) -> Te
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = (labels[:, None] == labels) & ~itself
     count = positive.sum(1)
-    # The lowest number and no infinity: a single sample has nobody to be compared with.
-    others = similarities.masked_fill(itself, torch.finfo(z.dtype).min).logsumexp(1)
+    others = similarities.masked_fill(itself, -torch.inf).logsumexp(1)
     losses = others - torch.where(positive, similarities, 0).sum(1) / count.clamp_min(1)
     return torch.where(count > 0, losses, 0).sum() / (count > 0).sum().clamp_min(1)
+
+
+def class_scores(
+    comparator: zero_shot.Comparator, embedding: Tensor, attributes: Tensor, fixed: bool = False
+) -> Tensor:
+    """F of every sample with every class: what the comparator itself says, in less time and memory.
+
+    Shapes: (B, width) and (C, attributes) to (B, C), in float32 or wider. Of the hidden units of all pairs, B * C times
+    the comparator's width, never more than CHUNK are there at a time. Differentiable once. `fixed`: no gradient reaches
+    the comparator.
+    """
+    weights = (comparator.fc1.weight, comparator.fc1.bias, comparator.fc2.weight, comparator.fc2.bias)
+    first, bias, last, constant = (weight.detach() if fixed else weight for weight in weights)
+    of_embedding, of_class = first.split([comparator.hidden, attributes.shape[1]], 1)
+    with exactly(embedding):
+        left, right = F.linear(embedding.to(first.dtype), of_embedding), F.linear(attributes, of_class, bias)
+        return cast(Tensor, _Scores.apply(left, right, last[0])) + constant
+
+
+class _Scores(torch.autograd.Function):
+    """Sum over w of last_w * LeakyReLU(left_bw + right_cw), (B, W) and (C, W) to (B, C).
+
+    LeakyReLU(x) is a x + c |x|, of which the first part needs no pairs. The derivative of the second is c sign(x);
+    since |x| = sign(x) x, that of `last` follows from those of the other two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, last: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right, last)
+        bent = torch.cat([pairs.abs_() @ last for pairs in _pairs(left, right)])
+        return STRAIGHT * ((left @ last)[:, None] + right @ last) + BENT * bent
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        left, right, last = ctx.saved_tensors
+        of_left, of_right, begun = torch.empty_like(left), torch.zeros_like(right), 0
+        for pairs in _pairs(left, right):
+            rows = slice(begun, begun + len(pairs))
+            pairs.sign_().mul_(gradient[rows, :, None])
+            torch.sum(pairs, 1, out=of_left[rows])
+            of_right += pairs.sum(0)
+            begun = rows.stop
+        of_left.mul_(BENT).add_(STRAIGHT * gradient.sum(1, keepdim=True))
+        of_right.mul_(BENT).add_(STRAIGHT * gradient.sum(0)[:, None])
+        of_last = (of_left * left).sum(0) + (of_right * right).sum(0)
+        return of_left.mul_(last), of_right.mul_(last), of_last
+
+
+def _pairs(left: Tensor, right: Tensor) -> Iterator[Tensor]:
+    """left_bw + right_cw, (rows, C, W) at a time, in memory that is used again."""
+    rows = max(1, CHUNK // right.numel())
+    memory = left.new_empty(min(rows, len(left)), *right.shape)
+    for part in left.split(rows):
+        yield torch.add(part[:, None], right, out=memory[: len(part)])
 
 
 def class_loss(scores: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -69,7 +130,7 @@ class Learned(clswgan.Learned):
         with exactly(real):
             hidden = self._embedding(real)
             terms["instance"] = instance_loss(self.projection(hidden), labels, self._settings.instance_temperature)
-            scores = self.comparator(hidden, self._described)
+            scores = class_scores(self.comparator, hidden, self._described)
         terms["class"] = class_loss(scores, self._column[labels], self._settings.class_temperature)
         return terms
 
@@ -81,7 +142,7 @@ class Learned(clswgan.Learned):
                 theirs = self.projection(self._embedding(real))
             both = torch.cat([fixed(self.projection, hidden), theirs])
             instance = instance_loss(both, labels.repeat(2), settings.instance_temperature)
-            scores = fixed(self.comparator, hidden, self._described)
+            scores = class_scores(self.comparator, hidden, self._described, fixed=True)
         terms["instance"] = settings.instance_weight * instance
         by_class = class_loss(scores, self._column[labels], settings.class_temperature)
         terms["class"] = settings.class_weight * by_class

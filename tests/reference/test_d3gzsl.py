@@ -29,7 +29,7 @@ from stages.distill.d3gzsl import (
     unit,
 )
 from stages.evaluate.zero_shot import answers, class_accuracy, handicapped, harmonic_mean
-from stages.generators.cegzsl import class_loss, instance_loss
+from stages.generators.cegzsl import class_loss, class_scores, instance_loss
 from stages.generators.generator import backbone
 from stages.parameters.zero_shot import Training
 from stages.teach.zero_shot import ZeroShot
@@ -231,7 +231,7 @@ def ce_backbone(vectors: Vectors) -> Values:
     h = embedding(x)
     z = projection(h)
     instance = instance_loss(z, vectors["ins_labels"], vectors.number("ins_temp"))
-    by_class = class_loss(comparator(h, attributes), vectors["cls_labels"], vectors.number("cls_temp"))
+    by_class = class_loss(class_scores(comparator, h, attributes), vectors["cls_labels"], vectors.number("cls_temp"))
     return {
         "h": h,
         "z": z,

@@ -3,13 +3,16 @@
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.generators.cegzsl import class_loss, instance_loss
+from models.zero_shot import Comparator
+from stages.generators import cegzsl
+from stages.generators.cegzsl import class_loss, class_scores, instance_loss
 
 sys.path.insert(0, str(Path(__file__).parent))
 from networks import CLASSES, SEEN, WIDTH, batch, build
@@ -85,14 +88,36 @@ def test_class_loss_tells_the_right_class_from_all_seen_ones() -> None:
     assert class_loss(scores, targets, 0.1).item() == pytest.approx(expected, rel=1e-12)
 
 
-def scores_one_by_one(networks: object, hidden: Tensor, attributes: Tensor) -> Tensor:
+def scores_one_by_one(comparator: Any, hidden: Tensor, attributes: Tensor) -> Tensor:
     """Every pair of a sample and a class through both layers."""
-    comparator = networks.critics["comparator"]  # type: ignore[attr-defined]
     rows = []
     for sample in hidden:
         pairs = torch.cat([sample.expand(len(attributes), -1), attributes], 1)
         rows.append(comparator.fc2(F.leaky_relu(comparator.fc1(pairs), 0.2))[:, 0])
     return torch.stack(rows)
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 2**20])
+@pytest.mark.parametrize(("count", "width"), [(1, 1), (7, 5), (23, 6)])
+def test_scores_are_those_of_every_pair(chunk: int, count: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample at a time, some, or all at once; also where the comparator's weights are fixed."""
+    monkeypatch.setattr(cegzsl, "CHUNK", chunk)
+    torch.manual_seed(count)
+    comparator = Comparator(WIDTH, 3, width).double()
+    hidden, attributes = torch.randn(count, WIDTH, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)
+    hidden.requires_grad_()
+    upstream = torch.randn(count, 4, dtype=torch.float64)
+    leaves = [hidden, *comparator.parameters()]
+    expected = scores_one_by_one(comparator, hidden, attributes)
+    wanted = torch.autograd.grad(expected, leaves, upstream)
+    for found in (class_scores(comparator, hidden, attributes), comparator(hidden, attributes)):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(torch.autograd.grad(found, leaves, upstream), wanted, rtol=1e-11, atol=1e-12)
+    fixed = class_scores(comparator, hidden, attributes, fixed=True)
+    assert torch.equal(fixed, class_scores(comparator, hidden, attributes))
+    own, *others = torch.autograd.grad(fixed, leaves, upstream, allow_unused=True)
+    torch.testing.assert_close(own, wanted[0], rtol=1e-11, atol=1e-12)
+    assert others == [None] * 4
 
 
 def test_terms_are_those_of_the_card() -> None:
@@ -106,7 +131,7 @@ def test_terms_are_those_of_the_card() -> None:
     hidden = student.embedding(real)
     z = F.normalize(F.linear(hidden, projection.fc.weight, projection.fc.bias), dim=1)  # type: ignore[union-attr]
     columns = torch.searchsorted(SEEN, labels)
-    scores = scores_one_by_one(networks, hidden, attributes)
+    scores = scores_one_by_one(networks.critics["comparator"], hidden, attributes)
     torch.testing.assert_close(terms["instance"].item(), by_samples(z, labels, 0.1))
     torch.testing.assert_close(terms["class"], F.cross_entropy(scores / 0.1, columns))
 
@@ -114,7 +139,7 @@ def test_terms_are_those_of_the_card() -> None:
     assert own.keys() == {"generator", "instance", "class"}
     hidden = student.embedding(torch.cat([fake, real]))
     z = F.normalize(F.linear(hidden, projection.fc.weight, projection.fc.bias), dim=1)  # type: ignore[union-attr]
-    scores = scores_one_by_one(networks, hidden[:12], attributes)
+    scores = scores_one_by_one(networks.critics["comparator"], hidden[:12], attributes)
     torch.testing.assert_close(own["instance"].item(), 1e-3 * by_samples(z, labels.repeat(2), 0.1))
     torch.testing.assert_close(own["class"], 1e-2 * F.cross_entropy(scores / 0.1, columns))
 
