@@ -10,8 +10,9 @@ A prepared data set is a folder:
                     of its pixels where there are no features, mean and spread (standard deviation) of the same row
                     (pixels in [0, 1]); `image_sha256`, that of its pixels, where features were made of images
     encoder/        the model that made the features, where there are images beside them
-    dataset.json    classes, their roles, names of the attributes, features (D or null), images (channels, size, mean
-                    and std per channel of the training split, or null), samples per split, what was dropped
+    dataset.json    classes, their roles, names of the attributes and their divisors, features (D or null), images
+                    (channels, size, mean and std per channel of the training split, or null), samples per split, what
+                    was dropped
 
 A class has one role. Of `seen` classes, samples are trained on, and others held out for `validation` and `test`. All
 samples of the `validation` classes are for validation, all of the `unseen` ones for test. So a student may know the
@@ -54,6 +55,7 @@ class Samples:
         rows: (N, channels, size, size) uint8 images or (N, D) float32 features.
         labels: (N,) int64. places: (N,) int64, where they stand in the source, from 0. parts: (N,) names of splits.
         classes: name of every label. roles: one per class. attributes: (classes, A) float32. names: of A attributes.
+        divisors: by which each attribute was divided, before the row of a class was divided by its length.
         dropped: how many samples of the source were left out, by reason.
     """
 
@@ -65,6 +67,7 @@ class Samples:
     roles: list[str]
     attributes: np.ndarray
     names: list[str]
+    divisors: list[float]
     dropped: dict[str, int]
 
 
@@ -106,8 +109,8 @@ DIGITS = np.array([
 where there is a loop, bar or symmetry of a kind. An upright 1 without a foot, an open 4 and a 7 without a bar."""
 
 
-def describe_renderings() -> tuple[list[str], np.ndarray, list[str]]:
-    """Names of the 60 classes, as in 3-outline and digit by digit; their attributes; the names of these.
+def describe_renderings() -> tuple[list[str], np.ndarray, list[str], list[float]]:
+    """Names of the 60 classes, as in 3-outline and digit by digit; their attributes; names and divisors of these.
 
     Every attribute is divided by its largest value, so that none dominates; then the row of each class by its length,
     as the attributes of xlsa17 are (D3GZSL card 9.1).
@@ -118,9 +121,10 @@ def describe_renderings() -> tuple[list[str], np.ndarray, list[str]]:
     classes = [f"{digit}-{rendering}" for digit in range(10) for rendering in RENDERINGS]
     painted = np.array(list(RENDERINGS.values()))
     rows = np.hstack([DIGITS.repeat(len(RENDERINGS), axis=0), np.tile(painted, (10, 1))]).astype(np.float64)
-    rows /= np.abs(rows).max(axis=0)
+    divisors = np.abs(rows).max(axis=0)
+    rows /= divisors
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return classes, rows.astype(np.float32), [*STROKES, *PAINTED]
+    return classes, rows.astype(np.float32), [*STROKES, *PAINTED], divisors.tolist()
 
 
 def read_digits(file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -231,7 +235,7 @@ def make_renderings(raw: Path, dataset: Any) -> Samples:
             seen class: nothing could be learnt of it.
     """
     digits, kinds = read_digits(raw / dataset.file)
-    classes, attributes, names = describe_renderings()
+    classes, attributes, names, divisors = describe_renderings()
     for name in dataset.unseen:
         _known(name, classes, "unseen")
     _once(dataset.unseen, "`unseen` of the data set")
@@ -252,7 +256,7 @@ def make_renderings(raw: Path, dataset: Any) -> Samples:
     shares = {VALIDATION: dataset.split.validation, TEST: dataset.split.test}
     parts = _parts(labels, roles, shares, dataset.split.seed)
     places = np.arange(len(labels))
-    return Samples(images[:, None], labels, places, parts, classes, roles, attributes, names, {})
+    return Samples(images[:, None], labels, places, parts, classes, roles, attributes, names, divisors, {})
 
 
 # Published features
@@ -460,6 +464,7 @@ def from_published(source: Published, settings: Any) -> Samples:
         chosen,
         source.attributes.astype(np.float32),
         source.names,
+        [1.0] * len(source.names),
         dropped,
     )
 
@@ -559,6 +564,7 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
             "classes": samples.classes,
             "roles": samples.roles,
             "attributes": samples.names,
+            "divisors": samples.divisors,
             "features": samples.rows.shape[1] if images is None else None,
             "images": images,
             "samples": {name: int((samples.parts == name).sum()) for name in SPLITS},

@@ -9,8 +9,8 @@ FILE is a CSV with a header: the attributes of the data set by their names (`att
 order, and a column `name`. Without --class every row is a new class. With --class it is the row of that name; the
 column may then be left out where a file has one row.
 
-Attributes are given in raw units. They are divided by the `divisors` of dataset.json where it has any; where all rows
-of the data set have length 1, each new row is divided by its length, too.
+Attributes are given in raw units. They are divided by the `divisors` of dataset.json; where all rows of the data set
+have length 1, each new row is divided by its length, too.
 """
 
 import argparse
@@ -152,8 +152,7 @@ def _known(student: str, dataset: str) -> Known:
             f"the generator in {folder} knows attributes of shape {attributes.shape}, and {student} has {len(classes)} "
             f"classes, {dataset!r} {len(names)} attributes · {repair}"
         )
-    divisors = np.array(described.get("divisors", [1.0] * len(names)))
-    return Known(classes, attributes.astype(np.float64), names, divisors)
+    return Known(classes, attributes.astype(np.float64), names, np.array(described["divisors"]))
 
 
 def read(file: Path, names: Sequence[str], wanted: str | None = None) -> dict[str, list[float]]:

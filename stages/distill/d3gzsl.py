@@ -11,16 +11,26 @@ Every loss computes and returns float32, or float64 if an input is, also under a
 said, unequal batches and empty ones raise ValueError.
 """
 
+import copy
+import logging
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stages.training import widen
+from data.errors import UserError
+from models.zero_shot import MLP, build
+from stages.generators.generator import backbone
+from stages.generators.two_stage import refit
+from stages.parameters.zero_shot import D3GZSL, Distribution
+from stages.teach.zero_shot import ZeroShot
+from stages.training import Companion, Context, Method, Run, derive_seed, widen
+
+log = logging.getLogger("distillery")
 
 SHORTEST = 1e-8  # embeddings that are shorter count as so long
 TERMS = 14  # of the Chebyshev series of a softplus
@@ -231,3 +241,236 @@ class Head(nn.Module):
         with _exactly(logits):
             codes: Tensor = self.fc(_wide(logits).log_softmax(1))
             return codes.softmax(1)
+
+
+class Known(NamedTuple):
+    """What the teacher says of every real training sample, once and for all.
+
+    Attributes:
+        embedding: z^t, (N, width), of length 1. logits: v^t, (N, n_s). scores: s, (N,).
+    """
+
+    embedding: Tensor
+    logits: Tensor
+    scores: Tensor
+
+
+class Draw(NamedTuple):
+    """A batch: (B, D) scaled features, (B,) labels, (B,) places in the training split."""
+
+    real: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+class Learner(Method):
+    """Generator, critics and student learn together; without `distribution` the student is a two-stage classifier.
+
+    A step is `critic_steps` updates of critics and student, each on a batch of its own, then one of generator and
+    student on the last of these batches with new noise (card 3.8). A pass of the generator synthesises seen and unseen
+    classes at once, and the teacher sees synthesised samples only: what it says of real ones is known. With several
+    processes each compares the samples of its own batch.
+
+    `modules` has, beside what learns: `latest`, the student as it would have been deployed when it was last looked at;
+    `kept`, the best of these by harmonic mean on the validation split; `snapshots`, all of them.
+    """
+
+    frozen = frozenset({"teacher", "latest", "kept", "snapshots"})
+
+    def __init__(self, task: ZeroShot, parameters: D3GZSL, run: Run) -> None:
+        super().__init__()
+        self._task, self._parameters = task, parameters
+        settings, student = parameters.generator, cast(MLP, task.student)
+        torch.manual_seed(derive_seed(task.seed, "generator"))
+        self._backbone = backbone(settings.name)(
+            settings,
+            task.interface["features"],
+            task.attributes,
+            task.seen,
+            student.embedding,
+            student.classifier.in_features,
+        )
+        if self._backbone.shares_embedding and parameters.training.batch < len(task.seen):
+            log.warning(
+                "batches of %d hold few samples of the same class (there are %d): %s learns by comparing these",
+                parameters.training.batch,
+                len(task.seen),
+                settings.name,
+            )
+        self.modules = {"student": student, "generator": self._backbone.generator, **self._backbone.critics}
+        self.streams = task.streams()
+        growth = parameters.training.growth
+        self._optimize("generator", self._backbone.generator.parameters(), growth, 1)
+        for name, module in self._backbone.critics.items():
+            self._optimize(name, module.parameters(), growth, settings.critic_steps)
+        self._criticise, self._learn = list(self._backbone.critics), list[str]()
+        if parameters.distribution is not None:
+            self._distil(student, parameters.distribution)
+        elif self._backbone.shares_embedding:
+            self._optimize("embedding", student.embedding.parameters(), growth, settings.critic_steps)
+            self._criticise.append("embedding")
+        self._every = self.look_every = parameters.select_every * task.steps_per_epoch or task.steps
+        self._best, self._kept_at, self._looked_at = -1.0, 0, 0
+        self.modules["latest"] = copy.deepcopy(student)
+        if parameters.select_every:
+            self.modules["kept"] = copy.deepcopy(student)
+            if parameters.test_best:
+                looks = -(-task.steps // self._every)
+                network = {"name": "snapshots", "hidden": parameters.network.hidden, "count": looks}
+                self._snapshots = network
+                self.modules["snapshots"] = build({"network": network, "interface": task.interface}).to(task.attributes)
+
+    def _optimize(self, name: str, parameters: Iterable[Tensor], growth: float, updates: int) -> None:
+        """A rate that is multiplied by `growth` every `growth_every` epochs of so many updates per step."""
+        training = self._parameters.training
+        self._task.optimize(self, name, parameters)
+        period = training.growth_every * self._task.steps_per_epoch * updates
+        self.schedules[name] = lambda count: training.learning_rate * growth ** (count // period)
+
+    def _distil(self, student: MLP, settings: Distribution) -> None:
+        """What D3 adds: teacher, head, confidence, and optimisers for the student's parts."""
+        task = self._task
+        teacher = cast(MLP, task.taught_by())
+        widths = [network.classifier.in_features for network in (teacher, student)]
+        if widths[0] != widths[1]:
+            raise UserError(
+                f"the embeddings of teacher and student are compared, and have widths {widths[0]} and {widths[1]} · "
+                "give both the same network.hidden"
+            )
+        self.modules["teacher"] = teacher
+        with torch.no_grad():
+            parts = [teacher.embedding(part) for part in task.train.inputs.split(4096)]
+            embedding = torch.cat(parts)
+            logits = teacher.classifier(embedding)
+            self._known = Known(unit(embedding), logits, SCORES[settings.score](logits))
+        self._made = task.others.repeat_interleave(settings.per_class)
+        self._weights = {
+            "classification": settings.classification,
+            "embedding": settings.in_distribution,
+            "labels": settings.in_distribution,
+            "distribution": settings.out_of_distribution,
+        }
+        updates = self._parameters.generator.critic_steps + 1
+        last: list[nn.Module] = [student.classifier]
+        if settings.out_of_distribution:
+            self.modules["head"] = Head(student.classifier.out_features).to(task.attributes)
+            self.modules["confidence"] = Confidence().to(task.attributes)
+            last.append(self.modules["head"])
+            self._optimize("confidence", self.modules["confidence"].parameters(), settings.scores_growth, updates)
+        if self._parameters.network.hidden is not None:
+            self._optimize("embedding", student.embedding.parameters(), settings.student_growth, updates)
+        weights = [weight for module in last for weight in module.parameters()]
+        self._optimize("classifier", weights, settings.student_growth, updates)
+        self._learn = [name for name in ("embedding", "classifier", "confidence") if name in self.optimizers]
+
+    @property
+    def student(self) -> nn.Module:
+        return self.modules["kept" if self._parameters.select_every else "latest"]
+
+    @property
+    def watched(self) -> nn.Module:
+        return self.modules["latest"]
+
+    @property
+    def companions(self) -> Mapping[str, Companion]:
+        generator = self._backbone.generator
+        found = {"generator": Companion(generator, generator.built_from, evaluated=False)}
+        if self._parameters.select_every and self._kept_at != self._looked_at:
+            found["last"] = Companion(self.modules["latest"], self._task.network)
+        if "snapshots" in self.modules:
+            found["snapshots"] = Companion(self.modules["snapshots"], self._snapshots, evaluated=False)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self._best, "kept_at": self._kept_at, "looked_at": self._looked_at}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._best, self._kept_at, self._looked_at = state["best"], state["kept_at"], state["looked_at"]
+
+    def step(self, context: Context) -> Mapping[str, Tensor]:
+        backbone, random = self._backbone, context.generator("noise")
+        for _ in range(self._parameters.generator.critic_steps):
+            draw = Draw(*context.draw("train"))
+            with torch.no_grad():
+                fake, made = self._synthesise(draw, context)
+            mix = torch.rand(len(fake), 1, generator=random, device=fake.device, dtype=draw.real.dtype)
+            criticism = backbone.critic_terms(draw.real, draw.labels, fake, mix)
+            self._update([*self._criticise, *self._learn], criticism, self._compare(made, draw, context), context)
+        fake, made = self._synthesise(draw, context)
+        terms, compared = backbone.generator_terms(draw.real, draw.labels, fake), self._compare(made, draw, context)
+        self._update(["generator", *self._learn], terms, compared, context)
+        done = context.step + 1
+        if done % self._every == 0 or done == self._task.steps:
+            self._look(done, context)
+        return {
+            **{f"loss/{name}": term for name, term in compared.items()},
+            **{f"loss/critics/{name}": term for name, term in criticism.items()},
+            **{f"loss/generator/{name}": term for name, term in terms.items()},
+        }
+
+    def _synthesise(self, draw: Draw, context: Context) -> tuple[Tensor, Tensor]:
+        """(B, D) features of the classes of a batch, and (M, D) of all classes that have no samples."""
+        generator = self._backbone.generator
+        labels = torch.cat([draw.labels, self._made]) if self._learn else draw.labels
+        random, like = context.generator("noise"), draw.real
+        noise = torch.randn(len(labels), generator.noise, generator=random, device=like.device, dtype=like.dtype)
+        with context.run.autocast():
+            features: Tensor = generator(noise, labels)
+        return features[: len(like)], features[len(like) :]
+
+    def _compare(self, made: Tensor, draw: Draw, context: Context) -> dict[str, Tensor]:
+        """The terms of L_d3 on one mixed batch, without their weights (card 3.6); those of weight 0 are left out.
+
+        Synthesised samples come first, then the real ones.
+        """
+        settings = self._parameters.distribution
+        if settings is None:
+            return {}
+        student, count, weights, terms = cast(MLP, self.modules["student"]), len(made), self._weights, {}
+        with context.run.autocast():
+            embedding = student.embedding(torch.cat([made.to(draw.real.dtype), draw.real]))
+            logits = student.classifier(embedding)
+        labels = torch.cat([self._made, draw.labels])
+        if weights["classification"]:
+            terms["classification"] = F.cross_entropy(_wide(logits), labels)
+        if weights["embedding"]:
+            theirs, ours = self._known.embedding[draw.rows], embedding[count:]
+            form = settings.similarity
+            terms["embedding"] = embedding_loss(theirs, ours, draw.labels, form=form, unit_teacher=True)
+            known, own = self._known.logits[draw.rows], logits[count:][:, self._task.seen]
+            terms["labels"] = label_loss(known, own, form=settings.kl)
+        if weights["distribution"]:
+            teacher = cast(MLP, self.modules["teacher"])
+            with context.run.autocast():
+                of_made = SCORES[settings.score](teacher.classifier(teacher.embedding(made)))
+            scores = torch.cat([of_made, self._known.scores[draw.rows].to(of_made)])
+            codes = teacher_codes(self.modules["confidence"](scores), settings.renormalise)
+            groups = labels if settings.target == "class" else (torch.arange(len(labels), device=labels.device) < count)
+            own = self.modules["head"](logits)
+            terms["distribution"] = distribution_loss(own, codes, groups.long(), form=settings.similarity)
+        return terms
+
+    def _update(
+        self, names: list[str], terms: dict[str, Tensor], compared: dict[str, Tensor], context: Context
+    ) -> None:
+        weighted = {f"d3/{name}": self._weights[name] * term for name, term in compared.items()}
+        context.update(names, {**terms, **weighted})
+
+    def _look(self, done: int, context: Context) -> None:
+        """Take the student as it would be deployed now, and keep it if it is the best so far."""
+        task, parameters, latest = self._task, self._parameters, cast(MLP, self.modules["latest"])
+        latest.load_state_dict(self.modules["student"].state_dict())
+        if parameters.classifier.mode == "two_stage":
+            settings, betas, random = parameters.classifier, parameters.training.betas, context.generator("classifier")
+            refit(latest, task.train, self._backbone.generator, task.others, settings, betas, random)
+        self._looked_at = done
+        if not parameters.select_every:
+            return
+        if "snapshots" in self.modules:
+            state = {key: value for key, value in latest.state_dict().items() if not key.startswith("encoder.")}
+            place = -(-done // self._every) - 1
+            cast(nn.ModuleList, self.modules["snapshots"])[place].load_state_dict(state)
+        figure = task.monitor(latest)["harmonic_mean"]
+        if figure > self._best:
+            self._best, self._kept_at = figure, done
+            self.modules["kept"].load_state_dict(latest.state_dict())

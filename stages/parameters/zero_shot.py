@@ -203,6 +203,15 @@ class Distribution(Section):
     scores_growth: Rate = 0.99
     student_growth: Rate = 0.98
 
+    @model_validator(mode="after")
+    def _weighs_something(self) -> "Distribution":
+        if not (self.classification or self.in_distribution or self.out_of_distribution):
+            raise ValueError(
+                "'classification', 'in_distribution' and 'out_of_distribution' are all 0, and the student learns "
+                "nothing · set 'distribution' to null for the generator alone"
+            )
+        return self
+
 
 class Classifier(Section):
     """How the last layer comes about, once generator and hidden layer are there.
@@ -245,7 +254,7 @@ class D3GZSL(AnyStudent):
     distribution: Distribution | None = Distribution()
     classifier: Classifier = Classifier(mode="end_to_end")
     select_every: Count = 10
-    test_best: bool = True
+    test_best: bool = False
     training: GeneratorTraining = GeneratorTraining()
 
     @property

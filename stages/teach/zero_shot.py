@@ -130,6 +130,8 @@ class ZeroShot(Task):
         return {"embedding": cast(nn.Linear, network.classifier).in_features}
 
     def optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
+        # An encoder inside a student stays as it is.
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
         return Adam(parameters, lr=self.training.learning_rate, betas=self.training.betas, fused=True)
 
     def schedule(self, steps: int, learning_rate: float | None = None) -> Callable[[int], float]:

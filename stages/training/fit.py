@@ -83,8 +83,8 @@ def fit(
     }
 
     def monitor() -> dict[str, float]:
-        with evaluating(learner.student):
-            return dict(task.monitor(learner.student))
+        with evaluating(learner.watched):
+            return dict(task.monitor(learner.watched))
 
     with exclusive(stage, key) if run.rank == 0 else contextlib.nullcontext():
         record = train(
@@ -96,7 +96,7 @@ def fit(
             seed=task.seed,
             identity=identity,
             monitor=monitor,
-            monitor_every=task.steps_per_epoch,
+            monitor_every=learner.look_every or task.steps_per_epoch,
         )
         if run.rank == 0:
             rows = {name: stream.size for name, stream in learner.streams.items()}

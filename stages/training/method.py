@@ -53,6 +53,7 @@ class Method(ABC):
         schedules: per optimiser, the learning rate as a function of the number of its updates so far.
         streams: named data.
         clip: per optimiser, the largest norm of its gradient; none by default.
+        look_every: outer steps between two looks at the validation split; None: an epoch.
     """
 
     frozen: frozenset[str] = frozenset()
@@ -63,6 +64,7 @@ class Method(ABC):
         self.schedules: dict[str, Callable[[int], float]] = {}
         self.streams: dict[str, Stream] = {}
         self.clip: dict[str, float] = {}
+        self.look_every: int | None = None
 
     @abstractmethod
     def step(self, context: "Context") -> Mapping[str, Tensor]:
@@ -72,6 +74,11 @@ class Method(ABC):
     def student(self) -> nn.Module:
         """The deployable network: no teacher, no hooks, no wrapper."""
         return self.modules["student"]
+
+    @property
+    def watched(self) -> nn.Module:
+        """What is measured on the validation split on the way: the student, unless an earlier state of it is kept."""
+        return self.student
 
     @property
     def companions(self) -> Mapping[str, Companion]:

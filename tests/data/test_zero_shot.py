@@ -36,7 +36,7 @@ def column(name: str) -> np.ndarray:
 
 
 def test_classes_are_named_digit_by_digit() -> None:
-    classes, attributes, names = zero_shot.describe_renderings()
+    classes, attributes, names, _ = zero_shot.describe_renderings()
     assert classes[:7] == [
         "0-plain",
         "0-outline",
@@ -53,7 +53,7 @@ def test_classes_are_named_digit_by_digit() -> None:
 
 
 def test_attributes_tell_all_classes_apart_and_none_is_constant() -> None:
-    _, attributes, _ = zero_shot.describe_renderings()
+    _, attributes, *_ = zero_shot.describe_renderings()
     distances = np.linalg.norm(attributes[:, None] - attributes, axis=2)
     assert distances[~np.eye(60, dtype=bool)].min() > 0.1
     assert (np.ptp(attributes, axis=0) > 0.1).all()
@@ -62,7 +62,7 @@ def test_attributes_tell_all_classes_apart_and_none_is_constant() -> None:
 
 def test_a_class_is_its_digit_and_its_rendering() -> None:
     """But for the length of a class, attributes of strokes depend on the digit alone, the others on the rendering."""
-    classes, attributes, names = zero_shot.describe_renderings()
+    classes, attributes, names, _ = zero_shot.describe_renderings()
     strokes = len(zero_shot.STROKES)
     largest = zero_shot.DIGITS.max(axis=0)
     for name, row in zip(classes, attributes.astype(np.float64), strict=True):
@@ -476,8 +476,13 @@ def test_a_split_is_loaded_in_order(encoded: Path, what: str) -> None:
 def test_attributes_are_loaded_by_class(encoded: Path) -> None:
     loaded = zero_shot.attributes(encoded)
     assert loaded.dtype == torch.float32
-    np.testing.assert_array_equal(loaded, zero_shot.describe_renderings()[1])
-    assert json.loads((encoded / "dataset.json").read_text())["attributes"] == zero_shot.describe_renderings()[2]
+    _, attributes, names, divisors = zero_shot.describe_renderings()
+    np.testing.assert_array_equal(loaded, attributes)
+    told = json.loads((encoded / "dataset.json").read_text())
+    assert (told["attributes"], told["divisors"]) == (names, divisors)
+    # What the table says, divided and then made as long as the row: what a new class's attributes go through too.
+    raw = np.concatenate([zero_shot.DIGITS[3], [1, 0, 0, 0]]) / divisors
+    np.testing.assert_allclose(raw / np.linalg.norm(raw), loaded[told["classes"].index("3-outline")], rtol=1e-6)
 
 
 def test_pixels_become_numbers_from_0_to_1() -> None:

@@ -142,6 +142,7 @@ class SmallZeroShot(Small):
         np.save(self.folder / prepared / "labels.npy", table["label"].to_numpy())
         np.save(self.folder / prepared / "attributes.npy", ROWS.astype(np.float32))
         described = {"classes": ORDER, "roles": ROLES, "attributes": ATTRIBUTES, "features": FEATURES, "images": None}
+        described["divisors"] = [1.0] * len(ATTRIBUTES)
         self.put(f"{prepared}/dataset.json", described)
         proof = {"dataset": "tiny", "task": self.task, "manifest": sha256(manifest)}
         self.put(f"data/validated/{self.task}/tiny.json", proof)
