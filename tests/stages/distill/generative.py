@@ -123,5 +123,3 @@ def spoil_other_samples(prepared: Path) -> None:
     features = np.load(prepared / "features.npy")
     features[(pd.read_csv(prepared / "manifest.csv")["split"] != "train").to_numpy()] = np.nan
     np.save(prepared / "features.npy", features)
-
-
