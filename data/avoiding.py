@@ -1,0 +1,325 @@
+"""Avoiding: a rod is steered in the plane past three rows of cylinders, which can be done in 24 ways.
+
+After D3IL's task of that name (VDD card 9). A policy sees the desired position of the rod and its actual one, and
+answers by how much the desired one is to move. The actual one follows with a lag. It is a failure to touch a cylinder,
+a success to be beyond the finish line, and the way is given by the sides that were taken at the rows. Positions are in
+metres, x to the right and y towards the finish.
+
+What is fitted to human recordings is printed by `PYTHONPATH=. python benchmarks/fit_avoiding.py`.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise, product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data.errors import UserError
+
+CYLINDERS = np.array([
+    [0.5, -0.1, 0.03],
+    [0.425, 0.08, 0.025],
+    [0.575, 0.08, 0.025],
+    [0.35, 0.26, 0.025],
+    [0.5, 0.26, 0.025],
+    [0.65, 0.26, 0.025],
+])  # fmt: skip
+"""Centre and radius of each (VDD card 9)."""
+ROWS = ((-0.1, (0.5,)), (0.08, (0.425, 0.575)), (0.26, (0.35, 0.5, 0.65)))
+"""Where each row is, and what parts its sides."""
+FINISH = 0.35
+STEPS = 250
+MODES = ["-".join(map(str, sides)) for sides in product(*(range(len(parts) + 1) for _, parts in ROWS))]
+"""The sides at the three rows, each counted from the left: 0-0-0 to 1-2-3."""
+UNKNOWN = -1  # the mode of a rollout that did not pass every row
+
+START = (0.52492845, -0.27973673)  # fitted: where the rod stands at the first step of every recording
+ROD = 0.0115  # fitted: the largest radius with which no recording touches a cylinder, rounded down
+TRACKING = 0.507  # fitted: the share of the way to the desired position that is made in a step
+RECORDED = 96
+MOVED = ((0.0, 0.00613213), (0.00755498, 0.0), (0.00592732, 0.00877897))
+"""Fitted: by how much the desired position of these of the recordings is ahead at their first step; of the others by
+nothing. Nothing else varies at the beginning."""
+
+MARGIN = 0.003  # metres that generated demonstrations keep free around the rod
+TRIES = 100
+FASTEST = 0.0125  # the largest recorded action, in each direction
+CRUISE = (0.0125, 0.0148)  # recorded lengths of an action: the median, and the largest but for a hundredth
+
+
+class Outcome(NamedTuple):
+    """What came of R rollouts so far.
+
+    Attributes:
+        success: (R,) bool. reward: (R,) float64, what the rollout earned. mode: (R,) int64, an index into the modes,
+            UNKNOWN where there is none. steps: (R,) int64, how many were made. failed: (R,) bool, ended by a failure
+            before the last step; neither `success` nor `failed` is too late.
+    """
+
+    success: np.ndarray
+    reward: np.ndarray
+    mode: np.ndarray
+    steps: np.ndarray
+    failed: np.ndarray
+
+
+class Avoiding:
+    """R rollouts at once; what one of them does is the same whatever the others are.
+
+    The reward is 1 for a success and 0 otherwise: the task has no other.
+
+    Attributes:
+        observations, actions: dimensions. limit: steps of a rollout at most. modes: names.
+        ended: (R,) bool; further steps change nothing of such a rollout.
+    """
+
+    observations, actions, limit, modes = 4, 2, STEPS, MODES
+
+    @staticmethod
+    def constants() -> dict[str, Any]:
+        """What the rollouts depend on, as plain data."""
+        return {
+            "start": list(START),
+            "moved": [list(offset) for offset in MOVED],
+            "recorded": RECORDED,
+            "cylinders": CYLINDERS.tolist(),
+            "rows": [[height, list(parts)] for height, parts in ROWS],
+            "finish": FINISH,
+            "rod": ROD,
+            "tracking": TRACKING,
+            "steps": STEPS,
+        }
+
+    def reset(self, seeds: Sequence[int]) -> np.ndarray:
+        """Begin a rollout for each seed. Returns its first observation, (R, 4) float32."""
+        count = len(seeds)
+        draws = np.array([np.random.default_rng(seed).integers(RECORDED) for seed in seeds], dtype=np.int64)
+        offsets = np.zeros((RECORDED, 2))
+        offsets[: len(MOVED)] = MOVED
+        self._actual = np.repeat(np.array(START)[:, None], count, axis=1)
+        self._desired = self._actual + offsets[draws].T
+        self._sides = np.full((len(ROWS), count), UNKNOWN)
+        self._success, self._failed, self.ended = (np.zeros(count, dtype=bool) for _ in range(3))
+        self._steps = np.zeros(count, dtype=np.int64)
+        return self._observation()
+
+    def step(self, actions: np.ndarray) -> np.ndarray:
+        """Move the desired positions by (R, 2) actions. Returns the observations (R, 4) float32.
+
+        An observation is desired x and y, actual x and y.
+
+        Raises:
+            ValueError: the actions have another shape, or are not finite.
+        """
+        actions = np.asarray(actions, dtype=np.float64)
+        if actions.shape != self._desired.shape[::-1]:
+            raise ValueError(f"actions of shape {actions.shape}, but the rollouts take {self._desired.shape[::-1]}")
+        if not np.isfinite(actions).all():
+            raise ValueError(f"an action is not finite: {actions[~np.isfinite(actions).all(axis=1)][0]}")
+        going = ~self.ended
+        before = self._actual
+        self._desired = self._desired + actions.T * going
+        after = before + TRACKING * going * (self._desired - before)
+        _pass_rows(before, after, self._sides)
+        touched = (_gaps(before, after) < ROD).any(axis=0) & going
+        self._actual = after
+        self._steps += going
+        self._failed |= touched
+        self._success |= going & ~touched & (after[1] > FINISH)
+        self.ended = self._success | self._failed | (self._steps >= STEPS)
+        return self._observation()
+
+    def outcome(self) -> Outcome:
+        """What came of the rollouts so far."""
+        return Outcome(
+            self._success.copy(), self._success * 1.0, _mode(self._sides), self._steps.copy(), self._failed.copy()
+        )
+
+    def _observation(self) -> np.ndarray:
+        return np.concatenate([self._desired, self._actual]).T.astype(np.float32)
+
+
+# Geometry. Only what rounds the same for every length of an array: a rollout must not depend on how many there are.
+
+
+def _gaps(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """(6, R) distances from the surface of each cylinder to the straight ways between (2, R) positions."""
+    (x, y), (along_x, along_y) = before, after - before
+    to_x, to_y = CYLINDERS[:, :1] - x, CYLINDERS[:, 1:2] - y
+    # Where nothing moves, the nearest point is where it stands.
+    length = np.maximum(along_x * along_x + along_y * along_y, np.finfo(np.float64).tiny)
+    share = np.minimum(np.maximum((to_x * along_x + to_y * along_y) / length, 0), 1)
+    to_x -= share * along_x
+    to_y -= share * along_y
+    distances: np.ndarray = np.sqrt(to_x * to_x + to_y * to_y) - CYLINDERS[:, 2:]
+    return distances
+
+
+def _pass_rows(before: np.ndarray, after: np.ndarray, sides: np.ndarray) -> None:
+    """Note in (3, R) `sides` on which side of its parts a row was passed, the first time that it was."""
+    heights = np.array([height for height, _ in ROWS])[:, None]
+    passed = (before[1] <= heights) & (after[1] > heights) & (sides == UNKNOWN)
+    for row, which in zip(*np.nonzero(passed), strict=True):
+        height, parts = ROWS[row]
+        share = (height - before[1, which]) / (after[1, which] - before[1, which])
+        place = before[0, which] + share * (after[0, which] - before[0, which])
+        sides[row, which] = sum(place > part for part in parts)
+
+
+def _mode(sides: np.ndarray) -> np.ndarray:
+    """(R,) int64: the index of (3, R) sides in MODES."""
+    mode = (sides[0] * 3 + sides[1]) * 4 + sides[2]
+    return np.where((sides == UNKNOWN).any(axis=0), UNKNOWN, mode).astype(np.int64)
+
+
+def clearance(path: np.ndarray) -> float:
+    """The smallest distance between a (T, 2) path, straight from point to point, and the surface of a cylinder."""
+    return float(_gaps(path[:-1].T, path[1:].T).min())
+
+
+def mode_of(path: np.ndarray) -> int:
+    """The index in MODES of a (T, 2) path, UNKNOWN if it does not pass every row."""
+    sides = np.full((len(ROWS), 1), UNKNOWN)
+    for before, after in pairwise(path):
+        _pass_rows(before[:, None], after[:, None], sides)
+    return int(_mode(sides)[0])
+
+
+# Measures
+
+
+def mode_entropy(modes: np.ndarray, success: np.ndarray, count: int) -> float:
+    """Entropy of the modes of successful rollouts, to the base of the number of modes: 0 to 1 (VDD card 6, D3IL).
+
+    Args:
+        modes: (R,) integers. success: (R,) bool. count: how many modes there are.
+
+    Returns:
+        0 if no rollout succeeded.
+    """
+    _, found = np.unique(np.asarray(modes)[np.asarray(success, dtype=bool)], return_counts=True)
+    shares = found / max(found.sum(), 1)
+    # -0 is what one mode alone would give.
+    return float(-(shares * np.log(shares)).sum() / np.log(count)) + 0.0
+
+
+def context_entropy(modes: np.ndarray, success: np.ndarray, count: int, failed_as_zero: bool = True) -> float:
+    """Mean over contexts of the entropy of modes, for tasks that begin in one of several ways (VDD card 6, D3IL).
+
+    Args:
+        modes: (contexts, rollouts) integers. success: the same of bool. count: how many modes a context has.
+        failed_as_zero: contexts without a success count as 0 (Aligning); otherwise they are left out (Sorting).
+
+    Returns:
+        0 if no rollout of any context succeeded.
+    """
+    kept = [
+        mode_entropy(mode, some, count)
+        for mode, some in zip(modes, np.asarray(success, dtype=bool), strict=True)
+        if failed_as_zero or some.any()
+    ]
+    return float(np.mean(kept)) if kept else 0.0
+
+
+# Demonstrations
+
+
+def demonstrate(episodes: int, noise: float, seed: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Demonstrations of every way, `episodes` of each: index of the mode, observations (T, 4) and actions (T, 2).
+
+    Smooth paths through the gates at the pace of the human recordings, with a variation of theirs: where a gate is
+    passed, how fast, how steadily. Both are float32, and the observations are those of the environment when it is given
+    the actions; an episode ends with the last step before the finish. No path comes nearer to a cylinder than MARGIN.
+    The first episodes of a mode are the same whatever `episodes` is.
+
+    Args:
+        noise: metres, standard deviation of the slowest sideways swing of a path. seed: of everything drawn.
+
+    Raises:
+        UserError: no path of a mode stayed clear in TRIES tries: too much noise.
+    """
+    tasks = list(product(range(len(MODES)), range(episodes)))
+    generators = [np.random.default_rng([seed, *task]) for task in tasks]
+    made: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    waiting = list(range(len(tasks)))
+    for _ in range(TRIES):
+        modes = [tasks[place][0] for place in waiting]
+        drawn = [_draw(mode, noise, generators[place]) for mode, place in zip(modes, waiting, strict=True)]
+        seeds = [int(generators[place].integers(2**32)) for place in waiting]
+        for place, found in zip(waiting, _perform(drawn, modes, seeds), strict=True):
+            if found is not None:
+                made[tasks[place]] = found
+        waiting = [place for place in waiting if tasks[place] not in made]
+        if not waiting:
+            return [(mode, *made[mode, episode]) for mode, episode in tasks]
+    raise UserError(
+        f"no path of the way {MODES[tasks[waiting[0]][0]]} kept clear of the cylinders in {TRIES} tries with noise of "
+        f"{noise} m · lower `noise` of the data set; 0.008 is about that of human recordings"
+    )
+
+
+def _draw(mode: int, noise: float, generator: np.random.Generator) -> np.ndarray:
+    """(T, 2) float32 actions: a path to beyond the finish, before it is known whether it stays clear."""
+    sides = map(int, MODES[mode].split("-"))
+    knots = [START]
+    for (height, parts), side in zip(ROWS, sides, strict=True):
+        # Recordings pass at the outside 0.076 m beside the last cylinder, and all with this spread.
+        edges = (parts[0] - 0.152, *parts, parts[-1] + 0.152)
+        middle = (edges[side] + edges[side + 1]) / 2
+        knots.append((generator.normal(middle, 0.014), height + generator.uniform(-0.015, 0.015)))
+    knots.append((knots[-1][0] + generator.normal(0, 0.015), FINISH + 0.1))
+    x, y = np.array(knots).T
+    heights = np.linspace(y[0], y[-1], 512)
+    place = np.searchsorted(y, heights[1:-1], side="right") - 1
+    place = np.concatenate([[0], place, [len(y) - 2]])
+    share = (heights - y[place]) / (y[place + 1] - y[place])
+    across = x[place] + (3 - 2 * share) * share**2 * (x[place + 1] - x[place])
+    swings = np.arange(1, 5)
+    amplitudes = generator.normal(0, noise, len(swings)) / swings
+    across += (amplitudes * np.sin(np.pi * swings * np.linspace(0, 1, len(heights))[:, None])).sum(axis=1)
+    path = np.column_stack([across, heights])
+    ways = np.abs(np.diff(path, axis=0))
+    # In steps at full speed, which is limited along the path and in each direction.
+    cruise = generator.uniform(*CRUISE)
+    effort = np.maximum(ways.max(axis=1) / FASTEST, np.sqrt((ways**2).sum(axis=1)) / cruise)
+    reached = np.concatenate([[0], np.cumsum(effort)])
+    at = np.concatenate([[0], np.cumsum(_pace(generator, int(2 * reached[-1]) + 20))])
+    # Where the path ends there is nothing more to do: the finish was passed before.
+    at = at[: np.searchsorted(at, reached[-1])]
+    positions = np.column_stack([np.interp(at, reached, axis) for axis in path.T])
+    return np.diff(positions, axis=0).astype(np.float32)
+
+
+def _pace(generator: np.random.Generator, steps: int) -> np.ndarray:
+    """(steps,) shares of full speed: a short wait, a ramp, and then mostly all of it.
+
+    People wait longer, and the arm trembles meanwhile. Here it would stand still, and nothing would tell a policy
+    whether to wait or to go.
+    """
+    wait, ramp = generator.integers(0, 3), generator.integers(1, 5)
+    pace = np.clip((np.arange(steps) - wait + 1) / ramp, 0, 1)
+    hesitation = generator.normal(0, 1, steps)
+    for step in range(1, steps):
+        hesitation[step] = 0.9 * hesitation[step - 1] + np.sqrt(1 - 0.9**2) * hesitation[step]
+    slack: np.ndarray = pace * (1 - np.clip(0.1 * (hesitation - 0.5), 0, 0.4))
+    return slack
+
+
+def _perform(
+    drawn: Sequence[np.ndarray], modes: Sequence[int], seeds: Sequence[int]
+) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    """Observations and actions of each, as the environment has them; None where it does not go as it should."""
+    environment = Avoiding()
+    actions = np.zeros((max(map(len, drawn)), len(drawn), 2), dtype=np.float32)
+    for place, own in enumerate(drawn):
+        actions[: len(own), place] = own
+    seen = [environment.reset(seeds)]
+    seen += [environment.step(step) for step in actions]
+    observations, outcome = np.stack(seen, axis=1), environment.outcome()
+    found: list[tuple[np.ndarray, np.ndarray] | None] = []
+    for place, mode in enumerate(modes):
+        steps = int(outcome.steps[place])
+        path = observations[place, : steps + 1].astype(np.float64)
+        good = outcome.success[place] and outcome.mode[place] == mode and clearance(path[:, 2:]) >= ROD + MARGIN
+        found.append((observations[place, :steps], actions[:steps, place]) if good else None)
+    return found
