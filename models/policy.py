@@ -24,7 +24,9 @@ class Output(NamedTuple):
     """What a student says of every step, in scaled actions. `...` is (B, T) of a batch of windows.
 
     Attributes:
-        mean: (..., K, A). factor: (..., K, A, A) lower Cholesky factors of the covariances, their diagonal positive.
+        mean: (..., K, A).
+        factor: (..., K, A, A) lower Cholesky factors of the covariances, their diagonal positive; or (..., K, A), the
+            diagonal alone, where covariances are diagonal.
         log_gate: (..., K), normalised.
     """
 
@@ -522,7 +524,8 @@ class Mixture(nn.Module):
         self.trunk = _backbone(interface, network, None, None)
         features = cast(int, self.trunk.features)
         wide = self.count * self.actions
-        entries = wide if network["covariance"] == "diagonal" else wide * (self.actions + 1) // 2
+        self._diagonal = network["covariance"] == "diagonal"
+        entries = wide if self._diagonal else wide * (self.actions + 1) // 2
         self.mean_head = Perceptron(features, wide, **network["heads"], activation=activation)
         self.covariance_head = Perceptron(features, entries, **network["heads"], activation=activation)
         self.gate = None
@@ -550,10 +553,10 @@ class Mixture(nn.Module):
         return cast(Tensor, self.trunk(self.scaling.observations(observations), last=last))
 
     def experts(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., h) to scaled means (..., K, A) and factors (..., K, A, A), float32 at least."""
+        """(..., h) to scaled means and factors as in `Output`, float32 at least."""
         mean = _wide(self.mean_head(features)).unflatten(-1, (self.count, self.actions))
         raw = _wide(self.covariance_head(features)).unflatten(-1, (self.count, -1))
-        return mean, factors(raw, self.actions, *self._stds)
+        return mean, (deviations if self._diagonal else factors)(raw, *self._stds)
 
     def log_gate(self, features: Tensor) -> Tensor:
         """(..., h) to log-probabilities (..., K), float32 at least."""
@@ -607,29 +610,35 @@ class Mixture(nn.Module):
         return scaled - self.scaling.action_std.log().sum()
 
 
-def factors(raw: Tensor, actions: int, init_std: float, min_std: float) -> Tensor:
-    """Lower Cholesky factors (..., A, A) from unconstrained numbers: (..., A (A + 1) / 2), row after row, or (..., A),
-    the diagonal alone (VDD card 3.5).
+def factors(raw: Tensor, init_std: float, min_std: float) -> Tensor:
+    """Lower Cholesky factors (..., A, A) from unconstrained numbers (..., A (A + 1) / 2), row after row (VDD card 3.5).
 
-    The diagonal is softplus(raw + c) + min_std, with c such that raw = 0 gives init_std; the rest is as it is.
+    The diagonal is that of `deviations`; the rest is as it is.
     """
-    shift = math.log(math.expm1(init_std - min_std))
-    if raw.shape[-1] == actions and actions > 1:
-        return torch.diag_embed(F.softplus(raw + shift) + min_std)
+    actions = (math.isqrt(8 * raw.shape[-1] + 1) - 1) // 2
     rows, columns = torch.tril_indices(actions, actions)
     places = torch.full((actions, actions), raw.shape[-1])
     places[rows, columns] = torch.arange(raw.shape[-1])
     square = F.pad(raw, (0, 1))[..., places.to(raw.device)]
     diagonal = torch.eye(actions, dtype=torch.bool, device=raw.device)
-    return torch.where(diagonal, F.softplus(square + shift) + min_std, square)
+    return torch.where(diagonal, deviations(square, init_std, min_std), square)
+
+
+def deviations(raw: Tensor, init_std: float, min_std: float) -> Tensor:
+    """softplus(raw + c) + min_std, with c such that raw = 0 gives init_std."""
+    return F.softplus(raw + math.log(math.expm1(init_std - min_std))) + min_std
 
 
 def log_components(output: Output, actions: Tensor) -> Tensor:
     """log N(a; mean_k, factor_k factor_k^T) of scaled actions (..., A) under every expert, (..., K), in nats."""
-    difference = (actions[..., None, :] - output.mean)[..., None]
-    white = torch.linalg.solve_triangular(output.factor, difference, upper=False)[..., 0]
-    volume = output.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return -0.5 * white.square().sum(-1) - volume - 0.5 * actions.shape[-1] * math.log(2 * math.pi)
+    mean, factor, _ = output
+    difference = actions[..., None, :] - mean
+    if factor.dim() == mean.dim():
+        white, scales = difference / factor, factor
+    else:
+        white = torch.linalg.solve_triangular(factor, difference[..., None], upper=False)[..., 0]
+        scales = factor.diagonal(dim1=-2, dim2=-1)
+    return -0.5 * (white.square().sum(-1) + actions.shape[-1] * math.log(2 * math.pi)) - scales.log().sum(-1)
 
 
 def log_likelihood(output: Output, actions: Tensor) -> Tensor:
