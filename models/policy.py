@@ -278,7 +278,12 @@ class History(nn.Module):
     def forward(
         self, observations: Tensor, actions: Tensor | None = None, level: Tensor | None = None, last: bool = False
     ) -> Tensor:
-        """See `Transformer.forward`. What observations alone decide is computed once for all their actions."""
+        """See `Transformer.forward`. What observations alone decide is computed once for all their actions.
+
+        Args:
+            last: or with actions (M, 1, A), which are those of the last step.
+        """
+        last = last or (actions is not None and actions.shape[1] == 1)
         seen = self._rows(observations, last)
         if actions is None or self.act is None or self.level is None:
             return cast(Tensor, self.network(seen))
@@ -391,6 +396,8 @@ class Diffusion(nn.Module, ABC):
 
     def decide(self, observations: Tensor, noise: Tensor) -> Tensor:
         """`act`, with the noise as an input, (steps, B, T, A)."""
+        if isinstance(self.network, History):  # the last action is decided without those before it
+            noise = noise[:, :, -1:]
         return self.scaling.raw(self.sample(observations, noise)[:, -1])
 
 
