@@ -1,7 +1,7 @@
 """Mixtures of experts that learn experts and gate by turns: what VDD and EM have in common.
 
-"Card" is the VDD method card. Experts learn from windows of the stream "train", the gate from those of "gate", each with
-an optimiser of its own; the gate never trains the trunk.
+"Card" is the VDD method card. Experts learn from windows of the stream "train", the gate from those of "gate", each
+with an optimiser of its own; the gate never trains the trunk.
 """
 
 from collections.abc import Iterable

@@ -1,10 +1,10 @@
 """VDD: a diffusion policy distilled into a mixture of Gaussian experts, by its score.
 
-Source: Zhou, Blessing, Li, Celik, Jia, Neumann, Lioutikov, NeurIPS 2024, "Variational Distillation of Diffusion Policies
-into Mixture of Experts" (arXiv 2406.12538), and its official code. "Card" is the VDD method card. Its letters: mu, L =
-mean and factor of an expert, pi = gate, eps = noise, a = mu + L eps, f = the teacher's score at a, r = responsibility,
-H = entropy, O = an expert's objective, V = samples per expert. The steps of windows are states like any others, N of
-them, with K experts each, in the scaled space of actions.
+Source: Zhou, Blessing, Li, Celik, Jia, Neumann, Lioutikov, NeurIPS 2024, "Variational Distillation of Diffusion
+Policies into Mixture of Experts" (arXiv 2406.12538), and its official code. "Card" is the VDD method card. Its letters:
+mu, L = mean and factor of an expert, pi = gate, eps = noise, a = mu + L eps, f = the teacher's score at a, r =
+responsibility, H = entropy, O = an expert's objective, V = samples per expert. The steps of windows are states like any
+others, N of them, with K experts each, in the scaled space of actions.
 
 A factor is (N, K, A, A), lower triangular with a positive diagonal; or (N, K, A), that diagonal, where the rest is 0.
 Everything is computed from logarithms, in the dtype of the inputs, which is float32 at least. The gradients are closed
@@ -63,10 +63,9 @@ def draw(mean: Tensor, factor: Tensor, noise: Tensor) -> Tensor:
     """a = mu + L eps: noise (V, N, K, A) to samples (N, K, V, A) (card 2)."""
     if factor.dim() == 3:
         return torch.addcmul(mean[:, :, None], factor[:, :, None], noise.permute(1, 2, 0, 3))
-    rows = noise.flatten(1, 2).transpose(0, 1)
-    return torch.baddbmm(mean.flatten(0, 1)[:, None], rows, factor.flatten(0, 1).mT).view(
-        *mean.shape[:2], *rows.shape[1:]
-    )
+    rows, means = noise.flatten(1, 2).transpose(0, 1), mean.flatten(0, 1)
+    found = torch.baddbmm(means[:, None], rows, factor.flatten(0, 1).mT)
+    return found.view(*mean.shape[:2], *rows.shape[1:])
 
 
 @torch.no_grad()
@@ -126,7 +125,7 @@ def ascend(
     weight: str = "gate",
     reduction: str = "sum",
 ) -> Ascent:
-    """Gradients of the experts' loss, - pi O over experts, mean over states, with respect to mean and factor (card 3.2).
+    """Gradients, in mean and factor, of the experts' loss: - pi O over experts, mean over states (card 3.2).
 
     O = mean_v(f . a + log r) + H, in which f, pi and what r is computed with are constants:
 
@@ -207,9 +206,9 @@ def _inverse(factor: Tensor, mean: Tensor) -> Tensor:
 def _outer(direction: Tensor, noise: Tensor) -> Tensor:
     """Lower triangles of sum_v d_v eps_v^T, (N, K, A, A), for d (N, K, V, A) and eps (V, N, K, A)."""
     size = noise.shape[3]
-    found = noise.new_zeros(size, size, noise[0, ..., 0].numel())
-    for left, right in zip(direction.unbind(2), noise, strict=True):
-        left, right = (x.flatten(0, 1).t().contiguous() for x in (left, right))
+    found = noise.new_zeros(size, size, math.prod(noise.shape[1:3]))
+    for d, eps in zip(direction.unbind(2), noise, strict=True):
+        left, right = (x.flatten(0, 1).t().contiguous() for x in (d, eps))
         for row in range(size):
             found[row, : row + 1].addcmul_(left[row], right[: row + 1])
     return found.flatten(0, 1).t().contiguous().view(*noise.shape[1:], size)
