@@ -264,7 +264,6 @@ class Learner(ByTurns):
         super().__init__(task, parameters)
         self._task, self._parameters = task, parameters
         self.modules["teacher"] = task.taught_by()
-        self._diagonal = task.network["covariance"] == "diagonal"
         if parameters.lag:
             self.modules["lagged"] = copy.deepcopy(task.student)
 
@@ -273,13 +272,13 @@ class Learner(ByTurns):
             self.modules["lagged"].load_state_dict(self.modules["student"].state_dict())
         for _ in range(self._parameters.expert_steps):
             found = self._learn_experts(context)
-        return {"surrogate": found.loss, "entropy": found.entropy.mean(), **self._learn_gate(context)}
+        return {"surrogate": found.loss, "entropy/experts": found.entropy.mean(), **self._learn_gate(context)}
 
     def _learn_experts(self, context: Context) -> Ascent:
         parameters, views = self._parameters, self._task.views(context)
         student = cast(Mixture, self.modules["student"])
         with context.run.autocast():
-            output = self._shaped(student(views.student))
+            output = student(views.student)
         experts = _flat(output)
         noise = torch.randn(
             (parameters.samples, *experts.mean.shape),
@@ -292,17 +291,13 @@ class Learner(ByTurns):
         with torch.no_grad(), context.run.autocast():
             score = self._score(samples, views.teacher, output.mean.shape[1], context).to(samples)
             if parameters.lag:
-                lagged = _flat(self._shaped(self.modules["lagged"](views.student)))
+                lagged = _flat(self.modules["lagged"](views.student))
         found = ascend(
             experts, noise, samples, score, lagged=lagged, weight=parameters.weight, reduction=parameters.reduction
         )
         cotangents = [found.mean.view_as(output.mean), found.factor.view_as(output.factor)]
         context.update("experts", [output.mean, output.factor], cotangents)
         return found
-
-    def _shaped(self, output: Output) -> Output:
-        """With factors as vectors where covariances are diagonal."""
-        return output._replace(factor=output.factor.diagonal(dim1=-2, dim2=-1)) if self._diagonal else output
 
     def _score(self, samples: Tensor, observations: Tensor, steps: int, context: Context) -> Tensor:
         """Of samples (B * T, K, V, A) in one call of the teacher; a window of T samples shares its level."""
