@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SPREAD = 0.02  # of initial positions
 BETWEEN = 100  # units of the layer between a transformer and what reads it
 GOAL_MARGIN = 1.1  # how far actions of tasks with goals may lie outside the data's bounds
 LARGEST_DRAW = 1 - 1e-6  # below the sum of probabilities, however that is rounded
@@ -183,6 +184,7 @@ class Transformer(nn.Module):
 
     Args:
         outputs: per step. level: from (M,) noise levels to (M, width); None for a student, which takes no actions.
+        init_std: of the weights; None: as torch has it, by the width of what goes in.
     """
 
     mask: Tensor
@@ -201,24 +203,25 @@ class Transformer(nn.Module):
         width: int,
         attention_dropout: float,
         dropout: float,
+        init_std: float | None,
     ) -> None:
         super().__init__()
         self.goals, self.features = goals, outputs
         self.observe = nn.Linear(observations, width)
-        self.positions = nn.Parameter(torch.zeros(goals + window, width))
+        self.positions = nn.Parameter(SPREAD * torch.randn(goals + window, width))
         self.act = None if level is None else nn.Linear(actions, width)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(Layer(width, heads, attention_dropout, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Sequential(nn.Linear(width, BETWEEN), nn.SiLU(), nn.Linear(BETWEEN, outputs))
-        self.level = level
         tokens = goals + window if level is None else 1 + goals + 2 * window
         self.register_buffer("mask", torch.full((tokens, tokens), -math.inf).triu(1), persistent=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, 0, 0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        if init_std is not None:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, 0, init_std)
+                    nn.init.zeros_(module.bias)
+        self.level = level
 
     def forward(
         self, observations: Tensor, actions: Tensor | None = None, level: Tensor | None = None, last: bool = False
@@ -481,6 +484,9 @@ class BESO(Diffusion):
         low, high = (1 / (1 + math.exp((centre - math.log(level)) / width)) for level in self.levels)
         return (centre + width * torch.logit(low + (high - low) * uniform)).exp()
 
+    def forward(self, noisy: Tensor, observations: Tensor, level: Tensor) -> Tensor:
+        return super().forward(self._preconditioning(level)[2] * noisy, observations, level)
+
     def corrupt(self, actions: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         return actions + level.view(-1, 1, 1) * noise
 
@@ -492,14 +498,14 @@ class BESO(Diffusion):
         return karras(level.view(-1, 1, 1), self._settings["sigma_data"])
 
     def denoise(self, noisy: Tensor, observations: Tensor, level: Tensor) -> Tensor:
-        skip, out, into = self._preconditioning(level)
-        return skip * noisy + out * self(into * noisy, observations, level)
+        skip, out, _ = self._preconditioning(level)
+        return skip * noisy + out * self(noisy, observations, level)
 
     def score(self, actions: Tensor, observations: Tensor, level: Tensor) -> Tensor:
         """(denoise - actions) / sigma^2, without the difference of two near numbers (VDD card 3.3)."""
         _, out, into = self._preconditioning(level)
         sigma = level.view(-1, 1, 1)
-        return out / sigma**2 * self(into * actions, observations, level) - into**2 * actions
+        return out / sigma**2 * self(actions, observations, level) - into**2 * actions
 
     def sample(self, observations: Tensor, noise: Tensor) -> Tensor:
         """Karras' levels from sigma_max to sigma_min, and at last 0; clipped to the bounds of the data at the end."""

@@ -87,7 +87,11 @@ class Dataset(shared.Dataset):
 
 
 class Transformer(Section):
-    """A causal transformer over the steps of a window (pre-norm, GELU, learned positions)."""
+    """A causal transformer over the steps of a window (pre-norm, GELU, learned positions).
+
+    `init_std` is that of the initial weights; null: by the width of what goes into a layer, which small networks that
+    train for a short time are better off with.
+    """
 
     name: Literal["transformer"]
     layers: Positive = 4
@@ -95,6 +99,7 @@ class Transformer(Section):
     width: Positive = 72
     attention_dropout: Dropout = 0.1
     dropout: Dropout = 0.1
+    init_std: Rate | None = 0.02
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Transformer":
@@ -236,6 +241,12 @@ class Teacher(shared.Teacher):
     network: Annotated[DDPM | BESO, Field(discriminator="name")]
     training: TeacherTraining = TeacherTraining()
     outside: None = None
+
+    @model_validator(mode="after")
+    def _has_a_trunk(self) -> "Teacher":
+        if isinstance(self.network.backbone, MLP) and not self.network.backbone.layers:
+            raise ValueError("0 'layers' in 'network.backbone' are for students, whose heads have layers of their own")
+        return self
 
     @property
     def ema(self) -> float:
