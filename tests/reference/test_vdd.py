@@ -5,11 +5,11 @@ The files' teachers are mixtures of Gaussians: their answers are computed here, 
 teachers, whose network is replaced by them.
 """
 
-import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +20,9 @@ from data.avoiding import MODES, context_entropy, mode_entropy
 from models.policy import BESO, DDPM, Output, cosine_schedule, deviations, factors, karras, log_likelihood
 from stages.distill.vdd import ascend, clean_score, draw, entropies, log_densities, responsibilities
 from stages.experts import data_responsibilities, gate_loss
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "stages/distill"))
+from gaussians import Gaussians
 
 FOLDER = Path(os.environ.get("REFERENCE_ROOT") or Path(__file__).parent) / "vdd"
 FILES = sorted(FOLDER.glob("*.npz"))
@@ -74,45 +77,9 @@ def close(actual: Tensor, expected: np.ndarray, where: str, relative: float, abs
     assert off <= bound, f"{where}: off by {off}, allowed {bound}"
 
 
-class Gaussians(NamedTuple):
-    """A mixture per state: log-weights (B, M), means (B, M, A), covariances (B, M, A, A)."""
-
-    log_weight: Tensor
-    mean: Tensor
-    covariance: Tensor
-
-    def noisy(self, own: Tensor | float, noise: Tensor | float) -> "Gaussians":
-        """Of own * a + sqrt(noise) * eps; (B,) each."""
-        own, noise = (torch.as_tensor(x).to(self.mean).expand(len(self.mean)) for x in (own, noise))
-        unit = torch.eye(self.mean.shape[2]).to(self.mean)
-        covariance = own[:, None, None, None] ** 2 * self.covariance + noise[:, None, None, None] * unit
-        return Gaussians(self.log_weight, own[:, None, None] * self.mean, covariance)
-
-    def posterior(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of (B, A) points: log-density (B,), weights (B, M), and C^-1 (a - m), (B, M, A)."""
-        off = points[:, None] - self.mean
-        solved = torch.linalg.solve(self.covariance, off[..., None])[..., 0]
-        volume = torch.linalg.slogdet(2 * math.pi * self.covariance).logabsdet
-        logs = self.log_weight - 0.5 * ((off * solved).sum(2) + volume)
-        return logs.logsumexp(1), logs.softmax(1), solved
-
-    def score(self, points: Tensor) -> Tensor:
-        _, weight, solved = self.posterior(points)
-        return -(weight[..., None] * solved).sum(1)
-
-    def clean(self, points: Tensor, own: Tensor, noise: Tensor) -> Tensor:
-        """E[a | own * a + sqrt(noise) * eps = point], (B, A)."""
-        _, weight, solved = self.noisy(own, noise).posterior(points)
-        moved = (self.covariance @ solved[..., None])[..., 0] * own[:, None, None]
-        return (weight[..., None] * (self.mean + moved)).sum(1)
-
-    def repeat(self, count: int) -> "Gaussians":
-        return Gaussians(*(part.repeat_interleave(count, 0) for part in self))
-
-
 def teacher(vectors: Vectors) -> Gaussians:
     factor = vectors["teacher_chol"]
-    return Gaussians(vectors["teacher_logw"], vectors["teacher_mean"], factor @ factor.mT)
+    return Gaussians.make(vectors["teacher_logw"], vectors["teacher_mean"], factor @ factor.mT)
 
 
 def described(actions: int, **network: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -255,7 +222,7 @@ def quadrature(vectors: Vectors, truth: Gaussians, score: Tensor) -> Values:
         """Over the mixture, of (B, K, V) at its samples."""
         return ((values * weight).sum(2) * experts.log_gate.exp()).sum(1)
 
-    log_teacher = truth.repeat(samples[0, ..., 0].numel()).posterior(samples.flatten(0, 2))[0].view(samples.shape[:3])
+    log_teacher = truth.repeat(samples[0, ..., 0].numel()).log_density(samples.flatten(0, 2)).view(samples.shape[:3])
     ours, theirs = joint(experts), joint(lagged)
     log_mixture = ours.logsumexp(2)
     log_own = ours.diagonal(dim1=1, dim2=2).movedim(2, 1)
