@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.avoiding import MODES, context_entropy, mode_entropy
 from models.policy import BESO, DDPM, Output, cosine_schedule, deviations, factors, karras, log_likelihood
@@ -94,21 +94,32 @@ def described(actions: int, **network: Any) -> tuple[dict[str, Any], dict[str, A
     return interface, {"window": 1, "goals": 0, "backbone": backbone, **network}
 
 
+class Known(nn.Module):
+    """What the network of a BESO or, with alpha-bar, of a DDPM says if it knows the truth of every state."""
+
+    def __init__(self, truth: Gaussians, kept: Tensor | None = None) -> None:
+        super().__init__()
+        self.truth, self.kept = truth, kept
+
+    def forward(self, observations: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+        points = noisy.squeeze(1)
+        if self.kept is not None:
+            own, noise = self.kept[level].sqrt(), 1 - self.kept[level]
+            clean = self.truth.clean(points, own, noise)
+            return ((points - own[:, None] * clean) / noise.sqrt()[:, None])[:, None]
+        skip, out, into = (x[:, None] for x in karras(level, 0.5))
+        clean = self.truth.clean(points / into, torch.ones_like(level), level**2)
+        return ((clean - skip * points / into) / out)[:, None]
+
+
 def exploding(points: Tensor, sigma: Tensor, truth: Gaussians) -> Values:
     """Score and expected clean actions (B, K, V, A) by a BESO whose network knows the truth."""
-    if not sigma.any():
-        count = sigma[0].numel()
-        return {"score": truth.repeat(count).score(points.flatten(0, 2)).view_as(points), "denoised": points}
-    network = {"sigma_min": 0.1, "sigma_max": 1.0, "sigma_data": 0.5, "spread": 0.5, "rho": 5.0, "steps": 8}
-    beso = BESO(*described(points.shape[3], sampler="ddim", **network)).to(points.dtype)
-    skip, out, into = (x.view(-1, 1, 1) for x in karras(sigma.flatten(), 0.5))
     known = truth.repeat(sigma[0].numel())
-
-    def forward(scaled: Tensor, observations: Tensor, level: Tensor) -> Tensor:
-        clean = known.clean((scaled / into).squeeze(1), torch.ones_like(level), level**2)
-        return (clean[:, None] - skip * scaled / into) / out
-
-    beso.forward = forward  # type: ignore[method-assign]
+    if not sigma.any():
+        return {"score": known.score(points.flatten(0, 2)).view_as(points), "denoised": points}
+    network = {"sigma_min": 0.1, "sigma_max": 1.0, "sigma_data": 0.5, "spread": 0.5, "rho": 5.0, "steps": 8}
+    beso = BESO(*described(points.shape[3], sampler="ddim", **network))
+    beso.network = Known(known)
     arguments = points.flatten(0, 2)[:, None], torch.zeros(len(points), 1, 1).to(points), sigma.flatten()
     return {
         "score": beso.score(*arguments).view_as(points),
@@ -120,14 +131,7 @@ def preserving(points: Tensor, index: Tensor, steps: int, truth: Gaussians) -> V
     """Scores (B, K, V, A) by a DDPM whose network knows the truth."""
     ddpm = DDPM(*described(points.shape[3], steps=steps))
     ddpm.kept = cosine_schedule(steps)[1].to(points.dtype)
-    known = truth.repeat(index[0].numel())
-
-    def forward(noisy: Tensor, observations: Tensor, level: Tensor) -> Tensor:
-        own, noise = ddpm.kept[level].sqrt(), 1 - ddpm.kept[level]
-        clean = known.clean(noisy.squeeze(1), own, noise)
-        return (noisy - own[:, None, None] * clean[:, None]) / noise.sqrt()[:, None, None]
-
-    ddpm.forward = forward  # type: ignore[method-assign]
+    ddpm.network = Known(truth.repeat(index[0].numel()), ddpm.kept)
     arguments = points.flatten(0, 2)[:, None], torch.zeros(len(points), 1, 1).to(points), index.flatten()
     return {
         "score": ddpm.score(*arguments).view_as(points),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from models.policy import BESO, DDPM, Output, cosine_schedule, factors, log_components
@@ -279,8 +279,26 @@ def test_property_13_far_samples_are_right_in_single_precision(diagonal: bool) -
 # Teachers (property 11) and noise levels (card 3.3)
 
 
+class Known(nn.Module):
+    """What the network of a BESO or a DDPM says if it knows the truth of the only state."""
+
+    def __init__(self, truth: Gaussians, kept: Tensor | None) -> None:
+        super().__init__()
+        self.truth, self.kept = truth, kept
+
+    def forward(self, observations: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+        points = noisy[:, 0]
+        if self.kept is not None:
+            own, noise = self.kept[level].sqrt(), 1 - self.kept[level]
+            clean = self.truth.clean(points, own, noise)
+            return ((points - own[:, None] * clean) / noise.sqrt()[:, None])[:, None]
+        total = (level**2 + 0.25).sqrt()[:, None]
+        clean = self.truth.clean(points * total, torch.ones_like(level), level**2)
+        return ((clean - 0.25 / total * points) * total / (0.5 * level[:, None]))[:, None]
+
+
 def known(name: str, truth: Gaussians) -> Any:
-    """A BESO or DDPM whose network knows the truth of one state; scaled actions are raw ones."""
+    """Scaled actions are raw ones."""
     size = truth.mean.shape[2]
     scaling = {
         "observation": {"mean": [0.0], "std": [1.0]},
@@ -291,23 +309,11 @@ def known(name: str, truth: Gaussians) -> Any:
     if name == "beso":
         karras = {"sigma_min": 0.1, "sigma_max": 1.0, "sigma_data": 0.5, "spread": 0.5, "rho": 5.0}
         teacher: Any = BESO(interface, {**network, **karras, "steps": 3, "sampler": "ddim"}).double()
-
-        def forward(noisy: Tensor, observations: Tensor, level: Tensor) -> Tensor:
-            sigma = level[:, None, None]
-            total = sigma**2 + 0.25
-            points = noisy * total.sqrt()
-            clean = truth.clean(points[:, 0], torch.ones_like(level), level**2)
-            return (clean[:, None] - 0.25 / total * points) * total.sqrt() / (0.5 * sigma)
+        teacher.network = Known(truth, None)
     else:
         teacher = DDPM(interface, {**network, "steps": 8})
         teacher.kept = cosine_schedule(8)[1]
-
-        def forward(noisy: Tensor, observations: Tensor, level: Tensor) -> Tensor:
-            kept = teacher.kept[level]
-            clean = truth.clean(noisy[:, 0], kept.sqrt(), 1 - kept)[:, None]
-            return (noisy - kept.sqrt()[:, None, None] * clean) / (1 - kept).sqrt()[:, None, None]
-
-    teacher.forward = forward
+        teacher.network = Known(truth, teacher.kept)
     return teacher
 
 
