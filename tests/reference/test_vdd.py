@@ -5,21 +5,24 @@ The files' teachers are mixtures of Gaussians: their answers are computed here, 
 teachers, whose network is replaced by them.
 """
 
-import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.avoiding import MODES, context_entropy, mode_entropy
 from models.policy import BESO, DDPM, Output, cosine_schedule, deviations, factors, karras, log_likelihood
 from stages.distill.vdd import ascend, clean_score, draw, entropies, log_densities, responsibilities
 from stages.experts import data_responsibilities, gate_loss
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "stages/distill"))
+from gaussians import Gaussians
 
 FOLDER = Path(os.environ.get("REFERENCE_ROOT") or Path(__file__).parent) / "vdd"
 FILES = sorted(FOLDER.glob("*.npz"))
@@ -74,45 +77,9 @@ def close(actual: Tensor, expected: np.ndarray, where: str, relative: float, abs
     assert off <= bound, f"{where}: off by {off}, allowed {bound}"
 
 
-class Gaussians(NamedTuple):
-    """A mixture per state: log-weights (B, M), means (B, M, A), covariances (B, M, A, A)."""
-
-    log_weight: Tensor
-    mean: Tensor
-    covariance: Tensor
-
-    def noisy(self, own: Tensor | float, noise: Tensor | float) -> "Gaussians":
-        """Of own * a + sqrt(noise) * eps; (B,) each."""
-        own, noise = (torch.as_tensor(x).to(self.mean).expand(len(self.mean)) for x in (own, noise))
-        unit = torch.eye(self.mean.shape[2]).to(self.mean)
-        covariance = own[:, None, None, None] ** 2 * self.covariance + noise[:, None, None, None] * unit
-        return Gaussians(self.log_weight, own[:, None, None] * self.mean, covariance)
-
-    def posterior(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of (B, A) points: log-density (B,), weights (B, M), and C^-1 (a - m), (B, M, A)."""
-        off = points[:, None] - self.mean
-        solved = torch.linalg.solve(self.covariance, off[..., None])[..., 0]
-        volume = torch.linalg.slogdet(2 * math.pi * self.covariance).logabsdet
-        logs = self.log_weight - 0.5 * ((off * solved).sum(2) + volume)
-        return logs.logsumexp(1), logs.softmax(1), solved
-
-    def score(self, points: Tensor) -> Tensor:
-        _, weight, solved = self.posterior(points)
-        return -(weight[..., None] * solved).sum(1)
-
-    def clean(self, points: Tensor, own: Tensor, noise: Tensor) -> Tensor:
-        """E[a | own * a + sqrt(noise) * eps = point], (B, A)."""
-        _, weight, solved = self.noisy(own, noise).posterior(points)
-        moved = (self.covariance @ solved[..., None])[..., 0] * own[:, None, None]
-        return (weight[..., None] * (self.mean + moved)).sum(1)
-
-    def repeat(self, count: int) -> "Gaussians":
-        return Gaussians(*(part.repeat_interleave(count, 0) for part in self))
-
-
 def teacher(vectors: Vectors) -> Gaussians:
     factor = vectors["teacher_chol"]
-    return Gaussians(vectors["teacher_logw"], vectors["teacher_mean"], factor @ factor.mT)
+    return Gaussians.make(vectors["teacher_logw"], vectors["teacher_mean"], factor @ factor.mT)
 
 
 def described(actions: int, **network: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -127,21 +94,32 @@ def described(actions: int, **network: Any) -> tuple[dict[str, Any], dict[str, A
     return interface, {"window": 1, "goals": 0, "backbone": backbone, **network}
 
 
+class Known(nn.Module):
+    """What the network of a BESO or, with alpha-bar, of a DDPM says if it knows the truth of every state."""
+
+    def __init__(self, truth: Gaussians, kept: Tensor | None = None) -> None:
+        super().__init__()
+        self.truth, self.kept = truth, kept
+
+    def forward(self, observations: Tensor, noisy: Tensor, level: Tensor) -> Tensor:
+        points = noisy.squeeze(1)
+        if self.kept is not None:
+            own, noise = self.kept[level].sqrt(), 1 - self.kept[level]
+            clean = self.truth.clean(points, own, noise)
+            return ((points - own[:, None] * clean) / noise.sqrt()[:, None])[:, None]
+        skip, out, into = (x[:, None] for x in karras(level, 0.5))
+        clean = self.truth.clean(points / into, torch.ones_like(level), level**2)
+        return ((clean - skip * points / into) / out)[:, None]
+
+
 def exploding(points: Tensor, sigma: Tensor, truth: Gaussians) -> Values:
     """Score and expected clean actions (B, K, V, A) by a BESO whose network knows the truth."""
-    if not sigma.any():
-        count = sigma[0].numel()
-        return {"score": truth.repeat(count).score(points.flatten(0, 2)).view_as(points), "denoised": points}
-    network = {"sigma_min": 0.1, "sigma_max": 1.0, "sigma_data": 0.5, "spread": 0.5, "rho": 5.0, "steps": 8}
-    beso = BESO(*described(points.shape[3], sampler="ddim", **network)).to(points.dtype)
-    skip, out, into = (x.view(-1, 1, 1) for x in karras(sigma.flatten(), 0.5))
     known = truth.repeat(sigma[0].numel())
-
-    def forward(scaled: Tensor, observations: Tensor, level: Tensor) -> Tensor:
-        clean = known.clean((scaled / into).squeeze(1), torch.ones_like(level), level**2)
-        return (clean[:, None] - skip * scaled / into) / out
-
-    beso.forward = forward  # type: ignore[method-assign]
+    if not sigma.any():
+        return {"score": known.score(points.flatten(0, 2)).view_as(points), "denoised": points}
+    network = {"sigma_min": 0.1, "sigma_max": 1.0, "sigma_data": 0.5, "spread": 0.5, "rho": 5.0, "steps": 8}
+    beso = BESO(*described(points.shape[3], sampler="ddim", **network))
+    beso.network = Known(known)
     arguments = points.flatten(0, 2)[:, None], torch.zeros(len(points), 1, 1).to(points), sigma.flatten()
     return {
         "score": beso.score(*arguments).view_as(points),
@@ -153,14 +131,7 @@ def preserving(points: Tensor, index: Tensor, steps: int, truth: Gaussians) -> V
     """Scores (B, K, V, A) by a DDPM whose network knows the truth."""
     ddpm = DDPM(*described(points.shape[3], steps=steps))
     ddpm.kept = cosine_schedule(steps)[1].to(points.dtype)
-    known = truth.repeat(index[0].numel())
-
-    def forward(noisy: Tensor, observations: Tensor, level: Tensor) -> Tensor:
-        own, noise = ddpm.kept[level].sqrt(), 1 - ddpm.kept[level]
-        clean = known.clean(noisy.squeeze(1), own, noise)
-        return (noisy - own[:, None, None] * clean[:, None]) / noise.sqrt()[:, None, None]
-
-    ddpm.forward = forward  # type: ignore[method-assign]
+    ddpm.network = Known(truth.repeat(index[0].numel()), ddpm.kept)
     arguments = points.flatten(0, 2)[:, None], torch.zeros(len(points), 1, 1).to(points), index.flatten()
     return {
         "score": ddpm.score(*arguments).view_as(points),
@@ -255,7 +226,7 @@ def quadrature(vectors: Vectors, truth: Gaussians, score: Tensor) -> Values:
         """Over the mixture, of (B, K, V) at its samples."""
         return ((values * weight).sum(2) * experts.log_gate.exp()).sum(1)
 
-    log_teacher = truth.repeat(samples[0, ..., 0].numel()).posterior(samples.flatten(0, 2))[0].view(samples.shape[:3])
+    log_teacher = truth.repeat(samples[0, ..., 0].numel()).log_density(samples.flatten(0, 2)).view(samples.shape[:3])
     ours, theirs = joint(experts), joint(lagged)
     log_mixture = ours.logsumexp(2)
     log_own = ours.diagonal(dim1=1, dim2=2).movedim(2, 1)
