@@ -307,13 +307,8 @@ def _draw(mode: int, noise: float, generator: np.random.Generator) -> np.ndarray
 
 
 def _pace(generator: np.random.Generator, steps: int) -> np.ndarray:
-    """(steps,) shares of full speed: a short wait, a ramp, and then mostly all of it.
-
-    People wait longer, and the arm trembles meanwhile. Here it would stand still, and nothing would tell a policy
-    whether to wait or to go.
-    """
-    wait, ramp = generator.integers(0, 3), generator.integers(1, 5)
-    pace = np.clip((np.arange(steps) - wait + 1) / ramp, 0, 1)
+    """(steps,) shares of full speed: a ramp, and then mostly all of it."""
+    pace = np.clip((np.arange(steps) + 1) / generator.integers(1, 5), 0, 1)
     hesitation = generator.normal(0, 1, steps)
     for step in range(1, steps):
         hesitation[step] = 0.9 * hesitation[step - 1] + np.sqrt(1 - 0.9**2) * hesitation[step]

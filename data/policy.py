@@ -9,7 +9,7 @@ A prepared data set is a folder:
                       bytes of its observations and actions
     dataset.json      observations and actions (O and A), scaling (mean and std of both, and the bounds low and high of
                       actions, over the steps of the training split), environment (its name and constants, or null),
-                      modes (their names, or none), samples (steps) and episodes per split
+                      modes (their names, or none), samples (steps) and episodes per split, how many steps were dropped
 """
 
 import hashlib
@@ -230,6 +230,20 @@ def _steps(array: Any, name: str, where: object) -> np.ndarray:
     return rows
 
 
+def without_waiting(source: Demonstrations) -> Demonstrations:
+    """Episodes from the first step at which something is done; one in which nothing ever is stays as it is.
+
+    People wait before they begin, and the arm trembles meanwhile. In Avoiding it stands still: nothing would tell a
+    policy whether to wait or to go, and who has learnt to wait would wait for ever.
+    """
+    acting = (source.actions != 0).any(axis=1)
+    kept = np.ones(len(acting), dtype=bool)
+    for start, end in zip(source.starts, source.ends, strict=True):
+        kept[start : start + int(np.argmax(acting[start:end]))] = False
+    ends = np.cumsum(kept)[source.ends - 1]
+    return Demonstrations(source.observations[kept], source.actions[kept], ends, source.modes)
+
+
 # Preparing
 
 
@@ -281,6 +295,9 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
     place = ENVIRONMENTS[dataset.environment] if dataset.environment != "none" else None
     if place is not None:
         _check_environment(source, place, dataset.environment)
+    found = len(source.actions)
+    if dataset.environment == "avoiding":
+        source = without_waiting(source)
     count = len(source.ends)
     shares = {VALIDATION: dataset.split.validation, TEST: dataset.split.test}
     parts = deal(source.modes or [""] * count, shares, dataset.split.seed)
@@ -317,6 +334,7 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
             "modes": list(named),
             "samples": {part: int(lengths[parts == part].sum()) for part in SPLITS},
             "episodes": {part: int((parts == part).sum()) for part in SPLITS},
+            "dropped": {"waiting": found - len(source.actions)},
             "source": provenance,
         },
     )

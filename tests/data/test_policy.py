@@ -103,6 +103,29 @@ def test_generated_demonstrations_are_those_of_the_rules(tmp_path: Path) -> None
     assert not set(pd.read_csv(other / "manifest.csv")["sha256"]) & set(manifest["sha256"])
 
 
+def test_an_episode_of_avoiding_begins_where_something_is_done(tmp_path: Path) -> None:
+    """What is done later is kept, pauses too; and an episode in which nothing is ever done."""
+    content = files.demos((5,) * 72) | {
+        "mode": np.array([list(map(int, name.split("-"))) for name in avoiding.MODES] * 3)
+    }
+    content["observation"] = np.tile(content["observation"], (1, 2))[:, :4]
+    content["action"][:3] = 0
+    content["action"][4] = 0
+    content["action"][5:10] = 0
+    content["action"][10] = [0, 0.1]
+    content["action"][15] = 0
+    folder, manifest, description = read(tmp_path, content, environment="avoiding")
+    rows = [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, *range(16, 360)]
+    np.testing.assert_array_equal(np.load(folder / "actions.npy"), content["action"][rows])
+    np.testing.assert_array_equal(np.load(folder / "observations.npy"), content["observation"][rows])
+    assert manifest["length"].tolist() == [2, 5, 5, 4, *[5] * 68]
+    assert description["dropped"] == {"waiting": 4}
+    (tmp_path / "other").mkdir()
+    _, manifest, description = read(tmp_path / "other", content)
+    assert (manifest["length"] == 5).all()
+    assert description["dropped"] == {"waiting": 0}
+
+
 def test_arrays_of_any_shape_per_step_are_rows_of_numbers(tmp_path: Path) -> None:
     content = files.demos()
     steps = len(content["action"])
@@ -340,7 +363,8 @@ def test_real_demonstrations_are_read(
     entry = files.arrays(**fields, file=f"{name}.npz")
     folder = files.prepared(Path(os.environ["DISTILLERY_DATA"]), entry, tmp_path / "out")
     description = policy.describe(folder)
-    assert sum(description["samples"].values()) == steps
+    assert sum(description["samples"].values()) + description["dropped"]["waiting"] == steps
+    assert (description["dropped"]["waiting"] > 0) == (fields["environment"] == "avoiding")
     assert sum(description["episodes"].values()) == episodes
     found = policy.tables(folder)
     if description["modes"]:
