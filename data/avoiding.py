@@ -8,6 +8,7 @@ metres, x to the right and y towards the finish.
 What is fitted to human recordings is printed by `PYTHONPATH=. python benchmarks/fit_avoiding.py`.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Any, NamedTuple
@@ -31,11 +32,14 @@ FINISH = 0.35
 STEPS = 250
 MODES = ["-".join(map(str, sides)) for sides in product(*(range(len(parts) + 1) for _, parts in ROWS))]
 """The sides at the three rows, each counted from the left: 0-0-0 to 1-2-3."""
+HEIGHTS = np.array([height for height, _ in ROWS])
+PARTS = np.array([[*parts, *[np.inf] * (3 - len(parts))] for _, parts in ROWS])
 UNKNOWN = -1  # the mode of a rollout that did not pass every row
 
 START = (0.52492845, -0.27973673)  # fitted: where the rod stands at the first step of every recording
 ROD = 0.0115  # fitted: the largest radius with which no recording touches a cylinder, rounded down
 TRACKING = 0.507  # fitted: the share of the way to the desired position that is made in a step
+REACH = (CYLINDERS[:, 2:] + ROD) ** 2
 RECORDED = 96
 MOVED = ((0.0, 0.0061262), (0.00755489, 0.0), (0.00592518, 0.00877902))
 """Fitted: by how much the desired position of these of the recordings is ahead at their first step; of the others by
@@ -93,11 +97,8 @@ class Avoiding:
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
         """Begin a rollout for each seed. Returns its first observation, (R, 4) float32."""
         count = len(seeds)
-        draws = np.array([np.random.default_rng(seed).integers(RECORDED) for seed in seeds], dtype=np.int64)
-        offsets = np.zeros((RECORDED, 2))
-        offsets[: len(MOVED)] = MOVED
         self._actual = np.repeat(np.array(START)[:, None], count, axis=1)
-        self._desired = self._actual + offsets[draws].T
+        self._desired = self._actual + np.array([_ahead(seed) for seed in seeds]).T
         self._sides = np.full((len(ROWS), count), UNKNOWN)
         self._success, self._failed, self.ended = (np.zeros(count, dtype=bool) for _ in range(3))
         self._steps = np.zeros(count, dtype=np.int64)
@@ -121,7 +122,7 @@ class Avoiding:
         self._desired = self._desired + actions.T * going
         after = before + TRACKING * going * (self._desired - before)
         _pass_rows(before, after, self._sides)
-        touched = (_gaps(before, after) < ROD).any(axis=0) & going
+        touched = (_distances(before, after) < REACH).any(axis=0) & going
         self._actual = after
         self._steps += going
         self._failed |= touched
@@ -139,31 +140,44 @@ class Avoiding:
         return np.concatenate([self._desired, self._actual]).T.astype(np.float32)
 
 
+@functools.cache
+def _ahead(seed: int) -> tuple[float, float]:
+    """By how much the desired position is ahead at the beginning of a rollout."""
+    drawn = np.random.default_rng(seed).integers(RECORDED)
+    return MOVED[drawn] if drawn < len(MOVED) else (0.0, 0.0)
+
+
 # Geometry. Only what rounds the same for every length of an array: a rollout must not depend on how many there are.
 
 
-def _gaps(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """(6, R) distances from the surface of each cylinder to the straight ways between (2, R) positions."""
+def _distances(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """(6, R) squared distances from the centre of each cylinder to the straight ways between (2, R) positions."""
     (x, y), (along_x, along_y) = before, after - before
     to_x, to_y = CYLINDERS[:, :1] - x, CYLINDERS[:, 1:2] - y
     # Where nothing moves, the nearest point is where it stands.
-    length = np.maximum(along_x * along_x + along_y * along_y, np.finfo(np.float64).tiny)
-    share = np.minimum(np.maximum((to_x * along_x + to_y * along_y) / length, 0), 1)
+    per_length = 1 / np.maximum(along_x * along_x + along_y * along_y, np.finfo(np.float64).tiny)
+    share = to_x * along_x
+    share += to_y * along_y
+    share *= per_length
+    np.maximum(share, 0, out=share)
+    np.minimum(share, 1, out=share)
     to_x -= share * along_x
     to_y -= share * along_y
-    distances: np.ndarray = np.sqrt(to_x * to_x + to_y * to_y) - CYLINDERS[:, 2:]
-    return distances
+    to_x *= to_x
+    to_y *= to_y
+    to_x += to_y
+    return to_x
 
 
 def _pass_rows(before: np.ndarray, after: np.ndarray, sides: np.ndarray) -> None:
     """Note in (3, R) `sides` on which side of its parts a row was passed, the first time that it was."""
-    heights = np.array([height for height, _ in ROWS])[:, None]
-    passed = (before[1] <= heights) & (after[1] > heights) & (sides == UNKNOWN)
-    for row, which in zip(*np.nonzero(passed), strict=True):
-        height, parts = ROWS[row]
-        share = (height - before[1, which]) / (after[1, which] - before[1, which])
-        place = before[0, which] + share * (after[0, which] - before[0, which])
-        sides[row, which] = sum(place > part for part in parts)
+    passed = (before[1] <= HEIGHTS[:, None]) & (after[1] > HEIGHTS[:, None]) & (sides == UNKNOWN)
+    if not passed.any():
+        return
+    rows, which = np.nonzero(passed)
+    (x, y), (to_x, to_y) = before[:, which], after[:, which]
+    place = x + (HEIGHTS[rows] - y) / (to_y - y) * (to_x - x)
+    sides[rows, which] = (place[:, None] > PARTS[rows]).sum(axis=1)
 
 
 def _mode(sides: np.ndarray) -> np.ndarray:
@@ -174,7 +188,7 @@ def _mode(sides: np.ndarray) -> np.ndarray:
 
 def clearance(path: np.ndarray) -> float:
     """The smallest distance between a (T, 2) path, straight from point to point, and the surface of a cylinder."""
-    return float(_gaps(path[:-1].T, path[1:].T).min())
+    return float((np.sqrt(_distances(path[:-1].T, path[1:].T)) - CYLINDERS[:, 2:]).min())
 
 
 def mode_of(path: np.ndarray) -> int:
@@ -273,9 +287,9 @@ def _draw(mode: int, noise: float, generator: np.random.Generator) -> np.ndarray
     place = np.searchsorted(y, heights[1:-1], side="right") - 1
     place = np.concatenate([[0], place, [len(y) - 2]])
     # Between two rows, some go across early and some late.
-    lateness = np.exp(generator.normal(0, 0.3, len(y) - 1))
+    lateness = np.exp(generator.normal(0, 0.3, len(y) - 1).clip(-0.7, 0.7))
     share = ((heights - y[place]) / (y[place + 1] - y[place])) ** lateness[place]
-    across = x[place] + (3 - 2 * share) * share**2 * (x[place + 1] - x[place])
+    across = x[place] + (10 - 15 * share + 6 * share**2) * share**3 * (x[place + 1] - x[place])
     swings = np.arange(1, 5)
     amplitudes = generator.normal(0, noise, len(swings)) / swings
     across += (amplitudes * np.sin(np.pi * swings * np.linspace(0, 1, len(heights))[:, None])).sum(axis=1)

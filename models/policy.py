@@ -560,9 +560,12 @@ class Mixture(nn.Module):
 
     def log_gate(self, features: Tensor) -> Tensor:
         """(..., h) to log-probabilities (..., K), float32 at least."""
+        return self._gate_logits(features).log_softmax(-1)
+
+    def _gate_logits(self, features: Tensor) -> Tensor:
         if self.gate is None:
-            return _wide(features).new_full((*features.shape[:-1], self.count), -math.log(self.count))
-        return _wide(self.gate(features if self.gate_trains_trunk else features.detach())).log_softmax(-1)
+            return _wide(features).new_zeros((*features.shape[:-1], self.count))
+        return _wide(self.gate(features if self.gate_trains_trunk else features.detach()))
 
     def forward(self, observations: Tensor) -> Output:
         """Raw observations (B, G + T, O)."""
@@ -580,12 +583,12 @@ class Mixture(nn.Module):
             ValueError: no expert is allowed (unless while tracing).
         """
         features = self.features(observations, last=True)[:, 0]
-        log_gate = self.log_gate(features)
+        logits = self._gate_logits(features)
         if allowed is not None:
             if not torch.jit.is_tracing() and not bool(allowed.any(1).all()):  # type: ignore[attr-defined]
                 raise ValueError(f"no expert is allowed in a row of {tuple(allowed.shape)} · allow at least one")
-            log_gate = log_gate.masked_fill(~allowed, -math.inf).log_softmax(-1)
-        probability = log_gate.exp()
+            logits = logits.masked_fill(~allowed, -math.inf)
+        probability = logits.softmax(1)
         expert = probability.argmax(1)
         if draw is not None:
             until = probability.cumsum(1)
