@@ -156,7 +156,7 @@ def losses(network: nn.Module, description: Description, prepared: Path, split: 
     network = network.to(device)
     episodes = data.load(prepared, split)
     rows = data.windows(episodes, description.network["window"])
-    episode = torch.searchsorted(episodes.starts, rows[:, 0], right=True) - 1
+    episode = torch.searchsorted(episodes.starts, rows[:, 0].contiguous(), right=True) - 1
     first = rows[:, 0] == episodes.starts[episode]
     goals = _last(episodes, description.network["goals"])
     generator = torch.Generator().manual_seed(settings.seed)
