@@ -14,6 +14,7 @@ from models.layers import Block, Normalise
 
 SLOPE = 0.2  # of LeakyReLU below 0
 SPREAD = 0.02  # of initial weights
+SHORTEST = 1e-6  # projection that has a direction
 
 
 class Output(NamedTuple):
@@ -169,7 +170,10 @@ class Critic(nn.Module):
 
 
 class Projection(nn.Module):
-    """CE-GZSL's second embedding layer: (B, hidden) to (B, width) of length 1."""
+    """CE-GZSL's second embedding layer: (B, hidden) to (B, width) of length 1; what is shorter than SHORTEST ends as 0.
+
+    Its bias begins at 0, so that a sample that no hidden unit answers to has no direction, and gets no gradient.
+    """
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -177,7 +181,9 @@ class Projection(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(B, hidden) to (B, width)."""
-        return F.normalize(self.fc(embedding), dim=1)
+        projected: Tensor = self.fc(embedding)
+        lengths = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
+        return projected / lengths.masked_fill(lengths < SHORTEST, torch.inf)
 
 
 class Comparator(nn.Module):
