@@ -14,7 +14,6 @@ from models.layers import Block, Normalise
 
 SLOPE = 0.2  # of LeakyReLU below 0
 SPREAD = 0.02  # of initial weights
-SHORTEST = 1e-6  # projection that has a direction
 
 
 class Output(NamedTuple):
@@ -170,10 +169,7 @@ class Critic(nn.Module):
 
 
 class Projection(nn.Module):
-    """CE-GZSL's second embedding layer: (B, hidden) to (B, width) of length 1; what is shorter than SHORTEST ends as 0.
-
-    Its bias begins at 0, so that a sample that no hidden unit answers to has no direction, and gets no gradient.
-    """
+    """CE-GZSL's second embedding layer: (B, hidden) to (B, width) of length 1; zeros stay, and pass no gradient on."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -181,9 +177,9 @@ class Projection(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(B, hidden) to (B, width)."""
-        projected: Tensor = self.fc(embedding)
-        lengths = torch.linalg.vector_norm(projected, dim=1, keepdim=True)
-        return projected / lengths.masked_fill(lengths < SHORTEST, torch.inf)
+        found = self.fc(embedding)
+        lengths = torch.linalg.vector_norm(found, dim=1, keepdim=True)
+        return found / lengths.masked_fill(lengths == 0, torch.inf)
 
 
 class Comparator(nn.Module):
