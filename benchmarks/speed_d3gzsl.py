@@ -29,18 +29,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import zero_shot
-from stages.distill.d3gzsl import (
-    Confidence,
-    Head,
-    distribution_loss,
-    embedding_loss,
-    label_loss,
-    max_log_softmax,
-    teacher_codes,
-    unit,
-)
+from stages.distill.d3gzsl import Learner, distribution_loss, embedding_loss, unit
 from stages.generators.cegzsl import class_loss, class_scores
-from stages.generators.generator import backbone
+from stages.parameters.zero_shot import D3GZSL
+from stages.teach.zero_shot import Split, ZeroShot
+from stages.training import Context, Run
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -223,6 +216,8 @@ class Draw(NamedTuple):
 class Official(nn.Module):
     """An outer iteration as the official matrix-product variant makes it; `steps` are six draws.
 
+    What it returns is of the last update of each phase; that depends on all updates before.
+
     Networks are copies of the learner's. `fixed`: the generator's weights get no gradient in the critic's phase.
     """
 
@@ -238,7 +233,6 @@ class Official(nn.Module):
         self.optimizers = {name: torch.optim.Adam(group, 1e-4, (0.5, 0.999)) for name, group in groups}
 
     def forward(self, steps: Sequence[Draw]) -> list[Tensor]:
-        found = []
         generator, critic = self.networks["generator"], self.networks["critic"]
         for draw in steps[:-1]:
             generator.requires_grad_(not self.fixed)
@@ -246,7 +240,8 @@ class Official(nn.Module):
             terms = [self.judge(fake.detach(), draw.labels).mean() - self.judge(draw.real, draw.labels).mean()]
             terms.append(self.penalty(draw, fake.detach()))
             (sum(terms) + 0).backward()
-            found += [*terms, self.distribute(draw)]
+            self.distribute(draw)
+            found = terms
             self.update("critic")
         generator.requires_grad_(True)
         critic.requires_grad_(False)
@@ -302,93 +297,68 @@ def through(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return network.fc2(F.leaky_relu(hidden, zero_shot.SLOPE))
 
 
-class Ours:
-    """The same of the project's functions; what the teacher says of real rows is known from the beginning."""
+class Bare(ZeroShot):
+    """A task without files: random samples, five batches of them, and untrained networks."""
 
-    def __init__(self, networks: dict[str, nn.Module], backbone: Any, seen: Tensor, unseen: Tensor, weight: float):
-        self.networks, self.backbone, self.seen, self.unseen, self.weight = networks, backbone, seen, unseen, weight
-        parts = {name: list(module.parameters()) for name, module in networks.items() if name != "teacher"}
-        self.optimizers = {
-            name: torch.optim.Adam(group, 1e-4, (0.5, 0.999), fused=True) for name, group in parts.items()
-        }
-
-    def __call__(self, steps: Sequence[Draw], known: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        found = []
-        for draw, told in zip(steps[:-1], known, strict=True):
-            with torch.no_grad():
-                fake, made = self.synthesise(draw)
-            terms = list(self.backbone.critic_terms(draw.real, draw.labels, fake, draw.mix).values())
-            terms.append(self.distribute(draw, made, told))
-            self.update("critic", terms)
-            found += terms
-        draw = steps[-1]
-        fake, made = self.synthesise(draw)
-        terms = list(self.backbone.generator_terms(draw.real, draw.labels, fake).values())
-        terms.append(self.distribute(draw, made, known[-1]))
-        self.update("generator", terms)
-        return [term.detach() for term in found + terms]
-
-    def update(self, name: str, terms: Sequence[Tensor]) -> None:
-        chosen = [self.optimizers[each] for each in (name, "student", "head", "confidence")]
-        weights = [weight for optimizer in chosen for weight in optimizer.param_groups[0]["params"]]
-        total = torch.stack([*terms[:-1], self.weight * terms[-1]]).sum()
-        for weight, gradient in zip(weights, torch.autograd.grad(total, weights), strict=True):
-            weight.grad = gradient
-        for optimizer in chosen:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def synthesise(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        labels = torch.cat([draw.labels, self.unseen.repeat_interleave(len(draw.unseen) // len(self.unseen))])
-        fake, made = self.networks["generator"](torch.cat([draw.noise, draw.unseen]), labels).split(
-            [len(draw.noise), len(draw.unseen)]
-        )
-        return fake, made
-
-    def distribute(self, draw: Draw, made: Tensor, known: Sequence[Tensor]) -> Tensor:
-        student, teacher, count = self.networks["student"], self.networks["teacher"], len(made)
-        labels = torch.cat([self.unseen.repeat_interleave(count // len(self.unseen)), draw.labels])
-        ours = student.embedding(torch.cat([made, draw.real]))
-        logits = student.classifier(ours)
-        scores = max_log_softmax(teacher.classifier(teacher.embedding(made)))
-        code = teacher_codes(self.networks["confidence"](torch.cat([scores, known[2]])))
-        return (
-            F.cross_entropy(logits, labels)
-            + embedding_loss(known[0], ours[count:], draw.labels, unit_teacher=True)
-            + label_loss(known[1], logits[count:, self.seen])
-            + distribution_loss(self.networks["head"](logits), code, labels)
-        )
+    def __init__(self, size: Size, parameters: D3GZSL, dtype: torch.dtype) -> None:
+        classes = size.seen + size.unseen
+        self.seed, self.clip, self.training, self.network = 0, None, parameters.training, {}
+        self.run = SimpleNamespace(device=torch.device("cpu"), dtype=dtype)
+        self.interface = {"features": size.features, "classes": [str(label) for label in range(classes)]}
+        self.seen, self.others = torch.arange(classes).split([size.seen, size.unseen])
+        self.attributes = torch.rand(classes, size.attributes, dtype=dtype)
+        self.teacher = zero_shot.MLP(size.features, size.seen, size.embedding).to(dtype).requires_grad_(False)
+        self.student = zero_shot.MLP(size.features, classes, size.embedding).to(dtype)
+        zero_shot.initialise(self.teacher, self.student.embedding)
+        rows = 5 * size.batch
+        self.train = Split(torch.rand(rows, size.features, dtype=dtype), torch.randint(size.seen, (rows,)))
+        # So that nothing but steps is timed.
+        self.steps = self.steps_per_epoch = 10**9
 
 
 def iteration(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     """Fresh networks on both sides; every call is the next iteration of its side, over the same draws."""
-    classes = size.seen + size.unseen
-    seen, unseen = torch.arange(classes).split([size.seen, size.unseen])
-    attributes = torch.rand(classes, size.attributes, dtype=dtype)
-    teacher = zero_shot.MLP(size.features, size.seen, size.embedding).to(dtype).requires_grad_(False)
-    student = zero_shot.MLP(size.features, classes, size.embedding).to(dtype)
-    zero_shot.initialise(teacher, student.embedding)
-    settings: Any = SimpleNamespace(hidden=size.hidden, noise=None, penalty=10.0)
-    chosen = backbone("clswgan")(settings, size.features, attributes, seen, student.embedding, size.embedding)
-    networks = {"generator": chosen.generator, "critic": chosen.critic, "student": student, "teacher": teacher}
-    networks |= {"head": Head(classes).to(dtype), "confidence": Confidence().to(dtype)}
-    real, labels = torch.rand(1024, size.features, dtype=dtype), torch.randint(size.seen, (1024,))
-    with torch.no_grad():
-        output = teacher(real)
-        known = unit(output.embedding), output.logits, max_log_softmax(output.logits)
-    steps, told = [], []
-    draws = [torch.randint(1024, (size.batch,)) for _ in range(5)]
-    for rows in (*draws, draws[-1]):
-        noise, others = (torch.randn(count, size.attributes, dtype=dtype) for count in (size.batch, size.mixed))
-        mix = torch.rand(size.batch, 1, dtype=dtype)
-        steps.append(Draw(real[rows], labels[rows], noise, mix, others[size.batch :]))
-        told.append([tensor[rows] for tensor in known])
+    parameters = D3GZSL.model_validate(
+        {
+            "task": "zero_shot",
+            "dataset": "bare",
+            "method": "d3gzsl",
+            "teacher": "bare",
+            "network": {"name": "mlp", "hidden": size.embedding},
+            "generator": {"name": "clswgan", "hidden": size.hidden},
+            "distribution": {"per_class": size.per_class},
+            "training": {"batch": size.batch, "accelerator": "cpu", "precision": f"{8 * dtype.itemsize}-true"},
+        }
+    )
+    task, run = Bare(size, parameters, dtype), Run(parameters.training)
+    learner = Learner(task, parameters, run)
+    networks = {name: net for name, net in learner.modules.items() if name not in ("latest", "kept")}
+    context, stream = Context(learner, run, task.seed), learner.streams["train"]
+
+    def begin() -> None:
+        stream.position = 0
+        context.begin(0)
+
+    def ours() -> list[Tensor]:
+        begin()
+        found = learner.step(context)
+        terms = [found[f"loss/{name}"].detach() for name in ("classification", "embedding", "labels", "distribution")]
+        own = [found[f"loss/{name}"].detach() for name in ("critics/critic", "critics/penalty", "generator/generator")]
+        return [*own, torch.stack(terms).sum()]
+
+    begin()
+    steps, random = [], context.generator("noise")
+    for update in range(6):
+        if update < 5:
+            real, labels, _ = context.draw("train")
+        noise = torch.randn(size.mixed, size.attributes, generator=random, dtype=dtype)
+        mix = torch.rand(size.batch, 1, generator=random, dtype=dtype) if update < 5 else None
+        steps.append(Draw(real, labels, noise[: size.batch], mix, noise[size.batch :]))
     theirs = {
-        name: Official(networks, seen, unseen, 1e-4, fixed)
+        name: Official(networks, task.seen, task.others, 1e-4, fixed)
         for name, fixed in (("product", False), ("product, generator fixed", True))
     }
-    ours = Ours(networks, chosen, seen, unseen, 1e-4)
-    return {"ours": lambda: ours(steps, told[:5]), **{name: partial(side, steps) for name, side in theirs.items()}}
+    return {"ours": ours, **{name: partial(side, steps) for name, side in theirs.items()}}
 
 
 CASES = {"embedding loss": embeddings, "distribution loss": codes, "class scores": scores, "outer iteration": iteration}

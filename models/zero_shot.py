@@ -169,7 +169,7 @@ class Critic(nn.Module):
 
 
 class Projection(nn.Module):
-    """CE-GZSL's second embedding layer: (B, hidden) to (B, width) of length 1."""
+    """CE-GZSL's second embedding layer: (B, hidden) to (B, width) of length 1; zeros stay, and pass no gradient on."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -177,7 +177,9 @@ class Projection(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(B, hidden) to (B, width)."""
-        return F.normalize(self.fc(embedding), dim=1)
+        found = self.fc(embedding)
+        lengths = torch.linalg.vector_norm(found, dim=1, keepdim=True)
+        return found / lengths.masked_fill(lengths == 0, torch.inf)
 
 
 class Comparator(nn.Module):

@@ -238,7 +238,7 @@ def test_outputs_lie_where_the_code_looks(parameters: dict[str, Any]) -> None:
             "fetch": [paths.raw(key)],
             "prepare": [paths.prepared(task, key)],
             "validate": [paths.validated(task, key)],
-            "teach": [paths.trained(task, key), paths.curves(task, key)],
+            "teach": [paths.trained(task, key), paths.companions(task, key), paths.curves(task, key)],
             "distill": [paths.trained(task, key), paths.companions(task, key), paths.curves(task, key)],
             "evaluate": [paths.metrics(task), paths.evaluation(task)],
             "export": [paths.exported(task, key)],

@@ -4,9 +4,10 @@ Every error names the path of the value, as in `students.recognition-kd.temperat
 key is refused with the nearest known one.
 """
 
+import difflib
 import importlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -137,7 +138,7 @@ def _kind(section: str, name: object, entry: object, mistakes: list[str]) -> Any
     if section == "sources":
         return AnySource
     if section not in PER_TASK and "task" not in entry:
-        mistakes.append(f"{path}.task: is missing; known: {', '.join(TASKS)}")
+        mistakes.append(_missing(path, "task", entry, f"; known: {', '.join(TASKS)}"))
         return None
     task = name if section in PER_TASK else entry["task"]
     if task not in TASKS:
@@ -173,7 +174,9 @@ def _sentence(kind: Any, entry: dict[str, Any], path: str, detail: Any) -> str:
             known = [name.strip(" '") for name in detail["ctx"]["expected_tags"].split(",")]
             return f"{where}.{tag}: unknown {tag} {got.get(tag)!r}; {suggest(str(got.get(tag)), known)}"
         case "union_tag_not_found":
-            return f"{where}.{detail['ctx']['discriminator'].strip(chr(39))}: is missing"
+            tag = detail["ctx"]["discriminator"].strip("'")
+            known = _siblings(kind, entry, (*detail["loc"], tag))
+            return _missing(where, tag, [key for key in got if key not in known])
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
             bound = next(detail["ctx"][name] for name in ("gt", "ge", "lt", "le") if name in detail["ctx"])
@@ -182,6 +185,12 @@ def _sentence(kind: Any, entry: dict[str, Any], path: str, detail: Any) -> str:
             return f"{where}: {detail['ctx']['error']}"
         case _:
             return f"{where}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {got!r}"
+
+
+def _missing(where: str, key: str, others: Iterable[Any], end: str = "") -> str:
+    """One line for a key without which nobody can say which keys are known: it is not there, or is misspelt."""
+    near = difflib.get_close_matches(key, map(str, others), n=1)
+    return f"{where}.{near[0]}: unknown key; did you mean {key!r}?" if near else f"{where}.{key}: is missing{end}"
 
 
 def _walk(entry: Any, location: tuple[Any, ...]) -> Iterator[tuple[Any, str]]:

@@ -339,9 +339,11 @@ def conflicts(
         ]
     if teacher is None:
         return []  # none, or a name that leads nowhere: said elsewhere
-    if isinstance(model, Extended):
-        if not isinstance(teacher, D3GZSL | Extended):
-            return [("teacher", f"{model.teacher!r} has no generator: name a student of method 'd3gzsl' or 'extended'")]
-    elif isinstance(model, D3GZSL) and model.needs_teacher and not isinstance(teacher, Teacher):
+    if isinstance(model, Extended) and not isinstance(teacher, D3GZSL | Extended):
+        return [("teacher", f"{model.teacher!r} has no generator: name a student of method 'd3gzsl' or 'extended'")]
+    if isinstance(model, D3GZSL) and model.needs_teacher and not isinstance(teacher, Teacher):
         return [("teacher", f"{model.teacher!r} is no teacher: it has to know the seen classes only")]
+    if teacher.dataset != model.dataset:
+        of = f"{model.teacher!r} is of data set {teacher.dataset!r}, and this student of {model.dataset!r}"
+        return [("teacher", f"{of}: name one of the same data set, or set 'dataset' to {teacher.dataset!r}")]
     return []

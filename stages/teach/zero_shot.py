@@ -84,6 +84,8 @@ class ZeroShot(Task):
         self.student = models.build({"network": network, "interface": self.interface}).to(run.device, run.dtype)
         self._images = isinstance(self.student, models.Encoder)
         train, validation = (self._load(name) for name in ("train", "validation"))
+        # What a network is shown: it scales by itself.
+        self._inputs = train.inputs
         if isinstance(self.student, models.MLP):
             self.student.scale.fit(train.inputs)
             train = train._replace(inputs=self.student.scale(train.inputs))
@@ -111,9 +113,8 @@ class ZeroShot(Task):
         return {"train": self._stream()}
 
     def views(self, context: Context) -> Views:
-        inputs, labels, rows = context.draw("train")
-        if self._images:
-            inputs = data.to_unit(inputs).to(self.run.dtype)
+        _, labels, rows = context.draw("train")
+        inputs = self._unit(self._inputs[rows])
         return Views(inputs, inputs, labels, rows)
 
     def objective(self, output: models.Output, target: Tensor) -> Tensor:

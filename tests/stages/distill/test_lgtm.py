@@ -25,7 +25,7 @@ from data.errors import UserError
 from models.text import Bert
 from stages.distill import lgtm
 from stages.distill.lgtm import Loss, Motion, derivative, difference, influence, influence_cotangent, soft_label_loss
-from stages.training import AdamW, Context, Run, Stopped, evaluating, peek, train
+from stages.training import AdamW, Companion, Context, Run, Stopped, evaluating, peek, train
 
 sys.path.insert(0, str(Path(__file__).parent))
 import mutual
@@ -758,7 +758,7 @@ def test_the_influence_of_every_sample_is_kept(run: Run) -> None:
         for epoch, value in enumerate(mine):
             found = line[f"epoch_{epoch + 1}"]
             assert math.isnan(found) if value is None else found == float(f"{value:.6g}")
-    assert ours.companions == {"teacher": ours.modules["teacher"]}
+    assert ours.companions == {"teacher": Companion(ours.modules["teacher"])}
 
 
 def test_a_row_twice_in_a_batch_counts_twice() -> None:
