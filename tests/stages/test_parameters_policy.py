@@ -89,11 +89,12 @@ gates:
       teacher_share: 0.9, latency: {{batch: 1, percentile: p95, budget_ms: 2.0}},
       parity: {{outputs: 0.0001, metric: 0.001}}}}
 """
+RAW = yaml.safe_load(FULL)
 
 
 def edited(*edits: tuple[str, Any]) -> dict[str, Any]:
     """The parameters with some values set (or removed) by their path, as in `a.b[0].c`."""
-    raw: dict[str, Any] = copy.deepcopy(yaml.safe_load(FULL))
+    raw: dict[str, Any] = copy.deepcopy(RAW)
     for path, value in edits:
         *above, last = [int(step) if step.isdigit() else step for step in re.findall(r"[^.\[\]]+", path)]
         place: Any = raw
