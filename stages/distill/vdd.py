@@ -12,6 +12,7 @@ forms: no graph is needed and none is left.
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple, cast
@@ -26,7 +27,7 @@ from stages.parameters.policy import VDD, Anneal, Last, Steps, Uniform
 from stages.teach.policy import Policy
 from stages.training import Context, Run
 
-TOGETHER = 8192  # matrices that are inverted together, so that they stay in the cache
+TOGETHER = 8192  # experts of states that are looked at together, so that what they need stays in the cache
 
 
 class Responsibility(NamedTuple):
@@ -94,24 +95,11 @@ def responsibilities(samples: Tensor, experts: Output, noise: Tensor | None = No
         noise: (V, N, K, A) that these experts made the samples of, if it was they: what it says of their own densities
             is exact.
     """
-    mean, factor, log_gate = experts
-    states, count, size = mean.shape
-    white, inverse = _whiten(samples.flatten(1, 2), mean, factor)
-    by_owner = white.view(states, count, size, count, -1)
-    if noise is not None:
-        by_owner.diagonal(dim1=1, dim2=3).copy_(noise.permute(1, 3, 0, 2))
-    heights = log_gate - _scales(factor).log().sum(2)
-    logs = white.square().sum(2).mul_(-0.5).add_(heights[..., None]).log_softmax(1).view(states, count, count, -1)
-    own = logs.diagonal(dim1=1, dim2=2).transpose(1, 2).contiguous()
-    # The gradient of log N_j is -W_j^T z_j, so that of log r_k is the sum over j of (r_j - [j = k]) W_j^T z_j.
-    weights = logs.exp_()
-    weights.diagonal(dim1=1, dim2=2).sub_(1)
-    by_owner *= weights[:, :, None]
-    if factor.dim() == 3:
-        slope = (white * inverse[..., None]).sum(1).mT
-    else:
-        slope = white.flatten(1, 2).mT @ inverse.flatten(1, 2)
-    return Responsibility(own, slope.reshape(samples.shape))
+    states = max(1, TOGETHER // experts.mean.shape[1])
+    noises = itertools.repeat(None) if noise is None else noise.split(states, 1)
+    pieces = zip(samples.split(states), *(part.split(states) for part in experts), noises, strict=False)
+    found = [_explain(some, Output(*own), drawn) for some, *own, drawn in pieces]
+    return Responsibility(*map(torch.cat, zip(*found, strict=True)))
 
 
 @torch.no_grad()
@@ -164,6 +152,28 @@ def ascend(
     return Ascent(direction.sum(2), of_factor, loss, objective, log_responsibility, entropy)
 
 
+def _explain(samples: Tensor, experts: Output, noise: Tensor | None) -> Responsibility:
+    """`responsibilities` of some states."""
+    mean, factor, log_gate = experts
+    states, count, size = mean.shape
+    white, inverse = _whiten(samples.flatten(1, 2), mean, factor)
+    by_owner = white.view(states, count, size, count, -1)
+    if noise is not None:
+        by_owner.diagonal(dim1=1, dim2=3).copy_(noise.permute(1, 3, 0, 2))
+    heights = log_gate - _scales(factor).log().sum(2)
+    logs = white.square().sum(2).mul_(-0.5).add_(heights[..., None]).log_softmax(1).view(states, count, count, -1)
+    own = logs.diagonal(dim1=1, dim2=2).transpose(1, 2).contiguous()
+    # The gradient of log N_j is -W_j^T z_j, so that of log r_k is the sum over j of (r_j - [j = k]) W_j^T z_j.
+    weights = logs.exp_()
+    weights.diagonal(dim1=1, dim2=2).sub_(1)
+    by_owner *= weights[:, :, None]
+    if factor.dim() == 3:
+        slope = (white * inverse[..., None]).sum(1).mT
+    else:
+        slope = white.flatten(1, 2).mT @ inverse.flatten(1, 2)
+    return Responsibility(own, slope.reshape(samples.shape))
+
+
 def _scales(factor: Tensor) -> Tensor:
     """(N, K, A): the diagonal of a factor, in whichever shape it is."""
     return factor if factor.dim() == 3 else factor.diagonal(dim1=2, dim2=3).contiguous()
@@ -188,19 +198,15 @@ def _inverse(factor: Tensor, mean: Tensor) -> Tensor:
     Row by row, many matrices at once: a library goes from matrix to matrix, which takes longer where they are small.
     """
     size = factor.shape[3]
-    factors, centres = factor.flatten(0, 1).flatten(1), mean.flatten(0, 1)
-    found = factors.new_empty(len(factors), size * (size + 1))
-    for target, part, centre in zip(*(x.split(TOGETHER) for x in (found, factors, centres)), strict=True):
-        rows = part.t().contiguous().view(size, size, -1)
-        solved = rows.new_zeros(size, size + 1, rows.shape[2])
-        torch.neg(centre.t(), out=solved[:, 0])
-        solved[:, 1:].diagonal().fill_(1)
-        for place in range(size):
-            row = solved[place, : place + 2]
-            row *= rows[place, place].reciprocal()
-            solved[place + 1 :, : place + 2].addcmul_(rows[place + 1 :, place, None], row, value=-1)
-        target.copy_(solved.flatten(0, 1).t())
-    return found.view(*mean.shape, size + 1)
+    rows = factor.flatten(0, 1).flatten(1).t().contiguous().view(size, size, -1)
+    solved = rows.new_zeros(size, size + 1, rows.shape[2])
+    torch.neg(mean.flatten(0, 1).t(), out=solved[:, 0])
+    solved[:, 1:].diagonal().fill_(1)
+    for place in range(size):
+        row = solved[place, : place + 2]
+        row *= rows[place, place].reciprocal()
+        solved[place + 1 :, : place + 2].addcmul_(rows[place + 1 :, place, None], row, value=-1)
+    return solved.flatten(0, 1).t().contiguous().view(*mean.shape, size + 1)
 
 
 def _outer(direction: Tensor, noise: Tensor) -> Tensor:
