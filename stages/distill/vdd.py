@@ -126,7 +126,7 @@ def ascend(
         reduction: over experts, `sum` or `mean` (card 4, row 4).
 
     Raises:
-        ValueError: shapes do not go together, or an unknown weight or reduction.
+        ValueError: shapes do not go together, a standard deviation is 0 or less, or an unknown weight or reduction.
     """
     mean, factor, log_gate = experts
     if samples.shape != score.shape or noise.permute(1, 2, 0, 3).shape != score.shape:
@@ -134,6 +134,8 @@ def ascend(
             f"samples {tuple(samples.shape)}, scores {tuple(score.shape)} and noise {tuple(noise.shape)} do not go "
             "together · give (N, K, V, A) twice, and (V, N, K, A)"
         )
+    if bool((_diagonal(factor) <= 0).any()):
+        raise ValueError("a factor has 0 or less on its diagonal · an expert needs a covariance (`network.min_std`)")
     if weight not in ("gate", "none"):
         raise ValueError(f"unknown weight of experts ({weight!r}) · use gate or none")
     weights = log_gate.exp() if weight == "gate" else torch.ones_like(log_gate)
@@ -170,13 +172,18 @@ def _explain(samples: Tensor, experts: Output, noise: Tensor | None) -> Responsi
     if factor.dim() == 3:
         slope = (white * inverse[..., None]).sum(1).mT
     else:
-        slope = white.flatten(1, 2).mT @ inverse.flatten(1, 2)
+        slope = (inverse.flatten(1, 2).mT @ white.flatten(1, 2)).mT
     return Responsibility(own, slope.reshape(samples.shape))
 
 
+def _diagonal(factor: Tensor) -> Tensor:
+    """(N, K, A), of a factor in whichever shape it is."""
+    return factor if factor.dim() == 3 else factor.diagonal(dim1=2, dim2=3)
+
+
 def _scales(factor: Tensor) -> Tensor:
-    """(N, K, A): the diagonal of a factor, in whichever shape it is."""
-    return factor if factor.dim() == 3 else factor.diagonal(dim1=2, dim2=3).contiguous()
+    """`_diagonal`, side by side in memory."""
+    return _diagonal(factor).contiguous()
 
 
 def _whiten(points: Tensor, mean: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -560,3 +560,10 @@ def test_what_does_not_go_together_is_refused() -> None:
         ascend(experts, noise, found.samples, score, reduction="max")
     with pytest.raises(ValueError, match="differ"):
         gate_loss(experts.log_gate, experts.log_gate[:, :1])
+    for diagonal in (False, True):
+        experts = problem(diagonal=diagonal).experts
+        for value in (0.0, -0.5):
+            factor = experts.factor.clone()
+            (factor if diagonal else factor.diagonal(dim1=2, dim2=3))[1, 2, 0] = value
+            with pytest.raises(ValueError, match="0 or less on its diagonal .* needs a covariance"):
+                ascend(experts._replace(factor=factor), noise, found.samples, score)
