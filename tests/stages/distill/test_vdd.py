@@ -565,5 +565,5 @@ def test_what_does_not_go_together_is_refused() -> None:
         for value in (0.0, -0.5):
             factor = experts.factor.clone()
             (factor if diagonal else factor.diagonal(dim1=2, dim2=3))[1, 2, 0] = value
-            with pytest.raises(ValueError, match="0 or less on its diagonal .* needs a covariance"):
+            with pytest.raises(ValueError, match=r"0 or less on its diagonal .* needs a covariance"):
                 ascend(experts._replace(factor=factor), noise, found.samples, score)
