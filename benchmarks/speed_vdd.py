@@ -148,7 +148,7 @@ class Bare(Policy):
     def __init__(self, size: Size, actions: int, parameters: VDD, teacher: Teacher, run: Run) -> None:
         rows, zeros, ones = 4 * size.batch, [0.0] * 2 * actions, [1.0] * 2 * actions
         scaling = {
-            "observation": {"mean": zeros, "std": ones},
+            "observation": {"mean": zeros, "std": ones, "change": ones},
             "action": {
                 "mean": zeros[:actions],
                 "std": ones[:actions],
