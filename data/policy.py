@@ -465,10 +465,10 @@ def expectations(dataset: Any, description: dict[str, Any]) -> dict[str, list[di
         },
     ]
     if expect.largest_action is not None:
-        bound = expect.largest_action
+        bound = float(np.float32(expect.largest_action))  # as the actions are stored
         manifest.append(_at_most("largest_action", bound, f"no action is larger than {bound:g} in any direction"))
     if expect.largest_change is not None:
-        bound = expect.largest_change
+        bound = float(np.float32(expect.largest_change))
         words = f"observations are continuous: none changes by more than {bound:g} from step to step"
         manifest.append(_at_most("largest_change", bound, words))
     if modes:
