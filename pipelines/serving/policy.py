@@ -104,6 +104,8 @@ class Student(PythonModel):
 
     def situation(self, told: Any, name: str) -> tuple[np.ndarray, np.ndarray, float]:
         """One of `situations`."""
+        if isinstance(told, np.ndarray) and told.ndim == 0:  # so MLflow hands over a mapping among `instances`
+            told = told.item()
         if not isinstance(told, dict):
             told = {"observations": told}
         if "observations" not in told or not set(told) <= set(KNOWN):
