@@ -307,7 +307,8 @@ class History(nn.Module):
     def _rows(self, observations: Tensor, last: bool) -> Tensor:
         """(B, G + T, O) to (B, T or 1, (G + window) O)."""
         goals, states = observations[:, : self.goals], observations[:, self.goals :]
-        changes = F.pad((states[:, 1:] - states[:, :-1]) / self.change, (0, 0, self.window - 1, 0))
+        padded = torch.cat([states[:, :1].expand(-1, self.window - 1, -1), states], 1)
+        changes = (padded[:, 1:] - padded[:, :-1]) / self.change
         if last:
             rows = torch.cat([states[:, -1:], changes[:, None, changes.shape[1] - self.window + 1 :].flatten(2)], 2)
         elif self.window == 1:

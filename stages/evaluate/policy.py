@@ -115,7 +115,7 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
         return _without_environment(cast(pd.DataFrame, demonstrated), split, student)
     place = data.environment(dataset["environment"]["name"])
     seeds = data.seeds(split, settings.rollouts)
-    goals = _goals(prepared, split, len(seeds), description.network["goals"])
+    goals = goals_of(prepared, split, len(seeds), description.network["goals"])
     outcome = roll_out(network, description, place, seeds, settings, goals=goals).outcome
     metrics = _shares(outcome, len(place.modes)) | {"reward": float(outcome.reward.mean())}
     if outcome.success.any():
@@ -128,7 +128,17 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
             fewer = roll_out(network, description, place, seeds, settings, calls, goals).outcome
             prefix = f"{WORDS.get(calls, calls)}_step"
             metrics |= {f"{prefix}_{name}": value for name, value in _shares(fewer, len(place.modes)).items()}
-    samples = pd.DataFrame(
+    metrics = {name: round(float(value), 6) for name, value in metrics.items()}
+    return Result(metrics, table(split, seeds, outcome, len(place.modes)), _ways(split, outcome, place.modes))
+
+
+def table(split: str, seeds: list[int], outcome: Outcome, modes: int) -> pd.DataFrame:
+    """A row per rollout.
+
+    Args:
+        modes: how many ways the environment knows.
+    """
+    return pd.DataFrame(
         {
             "split": split,
             "id": [f"rollout-{seed}" for seed in seeds],
@@ -136,13 +146,11 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
             "success": outcome.success.astype(int),
             "correct": outcome.success.astype(int),
             "mode": outcome.mode,
-            "modes": len(place.modes),
+            "modes": modes,
             "reward": outcome.reward.round(6),
             "steps": outcome.steps,
         }
     )
-    metrics = {name: round(float(value), 6) for name, value in metrics.items()}
-    return Result(metrics, samples, _ways(split, outcome, place.modes))
 
 
 def losses(network: nn.Module, description: Description, prepared: Path, split: str, settings: Task) -> pd.DataFrame:
@@ -186,7 +194,7 @@ def _last(episodes: data.Episodes, goals: int) -> Tensor:
     return (episodes.starts + episodes.lengths)[:, None] - goals + torch.arange(goals)
 
 
-def _goals(prepared: Path, split: str, count: int, goals: int) -> Tensor | None:
+def goals_of(prepared: Path, split: str, count: int, goals: int) -> Tensor | None:
     """(count, goals, O): rollouts want what the demonstrations of the split end with, one after the other."""
     if not goals:
         return None
