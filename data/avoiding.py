@@ -49,6 +49,10 @@ MARGIN = 0.003  # metres that generated demonstrations keep free around the rod
 TRIES = 100
 FASTEST = 0.0125  # the largest recorded action, in each direction
 CRUISE = (0.0125, 0.0148)  # recorded lengths of an action: the median, and the largest but for a hundredth
+SLOPES = (0.45, 1.1)  # metres across per metre ahead: sideways, recorded actions are 0 or 0.005 at least
+BESIDE = 0.03  # metres before and after the middle of a row in which a path goes straight on
+ROUNDED = 0.03  # metres over which a path turns
+GRAIN = 0.0005
 
 
 class Outcome(NamedTuple):
@@ -241,13 +245,14 @@ def context_entropy(modes: np.ndarray, success: np.ndarray, count: int, failed_a
 def demonstrate(episodes: int, noise: float, seed: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """Demonstrations of every way, `episodes` of each: index of the mode, observations (T, 4) and actions (T, 2).
 
-    Smooth paths through the gates at the pace of the human recordings, with a variation of theirs: where a gate is
-    passed, how fast, how steadily. Both are float32, and the observations are those of the environment when it is given
-    the actions; an episode ends with the last step before the finish. No path comes nearer to a cylinder than MARGIN.
-    The first episodes of a mode are the same whatever `episodes` is.
+    Paths through the gates, steered as in the human recordings and at their pace, and with a variation of theirs: where
+    a gate is passed, where the path turns and how sharply, how fast and how steadily it goes. Both
+    are float32, and the observations are those of the environment when it is given the actions; an episode ends with
+    the last step before the finish. No path comes nearer to a cylinder than MARGIN. The first episodes of a mode are
+    the same whatever `episodes` is.
 
     Args:
-        noise: metres, standard deviation of the slowest sideways swing of a path. seed: of everything drawn.
+        noise: metres, standard deviation of where paths pass a gate. seed: of everything drawn.
 
     Raises:
         UserError: no path of a mode stayed clear in TRIES tries: too much noise.
@@ -268,32 +273,28 @@ def demonstrate(episodes: int, noise: float, seed: int) -> list[tuple[int, np.nd
             return [(mode, *made[mode, episode]) for mode, episode in tasks]
     raise UserError(
         f"no path of the way {MODES[tasks[waiting[0]][0]]} kept clear of the cylinders in {TRIES} tries with noise of "
-        f"{noise} m · lower `noise` of the data set; 0.008 is about that of human recordings"
+        f"{noise} m · lower `noise` of the data set; 0.014 is that of human recordings"
     )
 
 
 def _draw(mode: int, noise: float, generator: np.random.Generator) -> np.ndarray:
     """(T, 2) float32 actions: a path to beyond the finish, before it is known whether it stays clear."""
     sides = map(int, MODES[mode].split("-"))
-    knots = [START]
+    corners = [START]
     for (height, parts), side in zip(ROWS, sides, strict=True):
-        # Recordings pass at the outside 0.076 m beside the last cylinder, and all with this spread.
+        # Recordings pass at the outside 0.076 m beside the last cylinder.
         edges = (parts[0] - 0.152, *parts, parts[-1] + 0.152)
-        middle = (edges[side] + edges[side + 1]) / 2
-        knots.append((generator.normal(middle, 0.014), height + generator.uniform(-0.015, 0.015)))
-    knots.append((knots[-1][0] + generator.normal(0, 0.015), FINISH + 0.1))
-    x, y = np.array(knots).T
-    heights = np.linspace(y[0], y[-1], 512)
-    place = np.searchsorted(y, heights[1:-1], side="right") - 1
-    place = np.concatenate([[0], place, [len(y) - 2]])
-    # Between two rows, some go across early and some late.
-    lateness = np.exp(generator.normal(0, 0.3, len(y) - 1).clip(-0.7, 0.7))
-    share = ((heights - y[place]) / (y[place + 1] - y[place])) ** lateness[place]
-    across = x[place] + (10 - 15 * share + 6 * share**2) * share**3 * (x[place + 1] - x[place])
-    swings = np.arange(1, 5)
-    amplitudes = generator.normal(0, noise, len(swings)) / swings
-    across += (amplitudes * np.sin(np.pi * swings * np.linspace(0, 1, len(heights))[:, None])).sum(axis=1)
-    path = np.column_stack([across, heights])
+        # People steer with a stick: straight on, then across at no small angle, then straight on again.
+        (x, y), across = corners[-1], generator.normal((edges[side] + edges[side + 1]) / 2, noise)
+        above, below = y + BESIDE * (len(corners) > 1), height - BESIDE
+        rise = min(abs(across - x) / generator.uniform(*SLOPES), below - above)
+        turn = above + generator.beta(1, 3) * (below - above - rise)
+        corners += [(x, turn), (across, turn + rise), (across, height)]
+    corners.append((corners[-1][0], FINISH + 0.1))
+    # Even points along the path, close together; the stick takes a moment to follow.
+    lengths = np.cumsum([0, *(np.hypot(x - u, y - v) for (u, v), (x, y) in pairwise(corners))])
+    places = np.arange(0, lengths[-1], GRAIN)
+    path = np.column_stack([_smooth(np.interp(places, lengths, axis)) for axis in np.array(corners).T])
     ways = np.abs(np.diff(path, axis=0))
     # In steps at full speed, which is limited along the path and in each direction.
     cruise = generator.uniform(*CRUISE)
@@ -304,6 +305,13 @@ def _draw(mode: int, noise: float, generator: np.random.Generator) -> np.ndarray
     at = at[: np.searchsorted(at, reached[-1])]
     positions = np.column_stack([np.interp(at, reached, axis) for axis in path.T])
     return np.diff(positions, axis=0).astype(np.float32)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Moving average over ROUNDED metres, which keeps both ends."""
+    width = round(ROUNDED / GRAIN) // 2
+    padded = np.concatenate([2 * values[0] - values[width:0:-1], values, 2 * values[-1] - values[-2 : -width - 2 : -1]])
+    return np.convolve(padded, np.full(2 * width + 1, 1 / (2 * width + 1)), mode="valid")
 
 
 def _pace(generator: np.random.Generator, steps: int) -> np.ndarray:

@@ -22,11 +22,11 @@ class Split(Section):
 class Demonstrations(Section):
     """How demonstrations are made: `episodes` of each way, all different.
 
-    `noise` is the standard deviation, in metres, of the smooth random deviation from the middle of the way.
+    `noise` is the standard deviation, in metres, of where a path passes a gap, from the middle of it.
     """
 
     episodes: Positive
-    noise: Weight = 0.008
+    noise: Weight = 0.014
     seed: Count = 0
 
 

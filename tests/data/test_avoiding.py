@@ -259,7 +259,7 @@ def test_entropies_are_those_of_the_reference() -> None:
 
 @pytest.fixture(scope="module")
 def made() -> list[tuple[int, np.ndarray, np.ndarray]]:
-    return demonstrate(8, 0.008, 0)
+    return demonstrate(8, 0.014, 0)
 
 
 def test_every_way_is_shown_as_often_and_every_path_is_another(made: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
@@ -312,7 +312,7 @@ def test_demonstrations_are_as_long_and_as_fast_as_recordings(made: list[tuple[i
 
 def test_demonstrations_come_again_bit_for_bit(made: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
     """Also in another process, and the first ones of each way whatever their number."""
-    few = demonstrate(3, 0.008, 0)
+    few = demonstrate(3, 0.014, 0)
     for place, (mode, observations, actions) in enumerate(few):
         kind, number = divmod(place, 3)
         other = made[kind * 8 + number]
@@ -321,7 +321,7 @@ def test_demonstrations_come_again_bit_for_bit(made: list[tuple[int, np.ndarray,
         np.testing.assert_array_equal(actions, other[2])
     code = (
         "import hashlib; from data.avoiding import demonstrate; "
-        "print(hashlib.sha256(b''.join(o.tobytes() + a.tobytes() for _, o, a in demonstrate(3, 0.008, 0))).hexdigest())"
+        "print(hashlib.sha256(b''.join(o.tobytes() + a.tobytes() for _, o, a in demonstrate(3, 0.014, 0))).hexdigest())"
     )
     told = [
         subprocess.run(
@@ -331,7 +331,7 @@ def test_demonstrations_come_again_bit_for_bit(made: list[tuple[int, np.ndarray,
         for hashing in (1, 2)
     ]  # fmt: skip
     assert told[0] == told[1]
-    assert demonstrate(1, 0.008, 1)[0][2].tobytes() != few[0][2].tobytes()
+    assert demonstrate(1, 0.014, 1)[0][2].tobytes() != few[0][2].tobytes()
 
 
 def test_without_noise_paths_still_differ_and_with_too_much_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
