@@ -115,7 +115,7 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
         return _without_environment(cast(pd.DataFrame, demonstrated), split, student)
     place = data.environment(dataset["environment"]["name"])
     seeds = data.seeds(split, settings.rollouts)
-    goals = _goals(prepared, split, len(seeds), description.network["goals"])
+    goals = goals_of_rollouts(prepared, split, len(seeds), description.network["goals"])
     outcome = roll_out(network, description, place, seeds, settings, goals=goals).outcome
     metrics = _shares(outcome, len(place.modes)) | {"reward": float(outcome.reward.mean())}
     if outcome.success.any():
@@ -186,7 +186,7 @@ def _last(episodes: data.Episodes, goals: int) -> Tensor:
     return (episodes.starts + episodes.lengths)[:, None] - goals + torch.arange(goals)
 
 
-def _goals(prepared: Path, split: str, count: int, goals: int) -> Tensor | None:
+def goals_of_rollouts(prepared: Path, split: str, count: int, goals: int) -> Tensor | None:
     """(count, goals, O): rollouts want what the demonstrations of the split end with, one after the other."""
     if not goals:
         return None
