@@ -248,7 +248,7 @@ class Trail:
     missed: bool
 
 
-def trails(ground: Ground, drawn: Sequence[Trail], description: str, *above: Html) -> Html:
+def trails(ground: Ground, drawn: Sequence[Trail], description: str, above: Html | None = None) -> Html:
     """Ways past obstacles; a cross where one ended before its aim.
 
     Args:
@@ -273,7 +273,7 @@ def trails(ground: Ground, drawn: Sequence[Trail], description: str, *above: Htm
     if crosses:
         parts.append(tag("path", d="".join(crosses), class_="missed"))
     box = f"{left} {top} {right - left} {bottom - top}"
-    return tag("svg", *parts, *above, viewBox=box, role="img", aria_label=description, class_="ground")
+    return tag("svg", *parts, above, viewBox=box, role="img", aria_label=description, class_="ground")
 
 
 def _units(points: np.ndarray) -> np.ndarray:
@@ -286,36 +286,37 @@ def _path(units: np.ndarray) -> str:
     return f"M{units[0, 0]},{units[0, 1]}l{' '.join(map(str, np.diff(units, axis=0).ravel().tolist()))}"
 
 
-@dataclass(frozen=True)
 class Motion:
     """Things that move in time, and begin again together.
 
-    Attributes:
+    Args:
         name: of nothing else on the page. steps: of whatever moves longest.
     """
 
-    name: str
-    steps: int
+    def __init__(self, name: str, steps: int) -> None:
+        self.name, self.steps = name, steps
+        self._rules: list[str] = []
 
-    def at(self, step: float) -> str:
-        """When a step is over, as a share of the whole."""
-        return f"{100 * (1 - REST) * step / self.steps:.2f}%"
+    def moving(self, frames: Sequence[str]) -> str:
+        """Classes for a part that moves.
 
-    def rule(self, part: str, frames: Sequence[str]) -> Html:
-        """Style for the class NAME-part: a declaration before every step and after the last one.
-
-        Nothing moves for whoever asks for less motion; everything then stands as it is drawn.
+        Args:
+            frames: what its style is before the first of its steps, and after each. It stays as it is after the last.
         """
-        seconds = self.steps / PACE / (1 - REST)
-        stops = "".join(f"{self.at(step)}{{{frame}}}" for step, frame in enumerate(frames))
-        name = f"{self.name}-{part}"
-        moving = f".{name}{{animation:{name} {seconds:.2f}s linear infinite}}"
-        return Html(
-            f"@keyframes {name}{{{stops}100%{{{frames[-1]}}}}}@media (prefers-reduced-motion:no-preference){{{moving}}}"
+        name = f"{self.name}-{len(self._rules)}"
+        stops = "".join(f"{100 * (1 - REST) * step / self.steps:.2f}%{{{frame}}}" for step, frame in enumerate(frames))
+        self._rules.append(
+            f"@keyframes {name}{{{stops}100%{{{frames[-1]}}}}}"
+            f".{name}{{animation:{name} {self.steps / PACE / (1 - REST):.2f}s linear infinite}}"
         )
+        return f"moves {name}"
+
+    def style(self) -> Html:
+        """To stand behind all that moves: what is shown before moves before. Who asks for less motion gets none."""
+        return tag("style", Html(f"@media (prefers-reduced-motion:no-preference){{{''.join(self._rules)}}}"))
 
 
-def rod(points: np.ndarray, colours: Sequence[str], radius: float, motion: Motion) -> list[Html]:
+def rod(points: np.ndarray, colours: Sequence[str], radius: float, motion: Motion) -> Html:
     """Something round that moves along a way, drawn where it ends. To stand above `trails`.
 
     Args:
@@ -323,10 +324,9 @@ def rod(points: np.ndarray, colours: Sequence[str], radius: float, motion: Motio
     """
     units = _units(points).tolist()
     shown = [*colours, colours[-1]]
-    frames = [f"transform:translate({x}px,{y}px);fill:{key}" for (x, y), key in zip(units, shown, strict=True)]
+    frames = [f"transform:translate({x}px,{y}px);fill:{colour}" for (x, y), colour in zip(units, shown, strict=True)]
     end = {"transform": "translate({},{})".format(*units[-1]), "fill": shown[-1]}
-    circle = tag("circle", r=round(PER_METRE * radius), **end, class_=f"rod moves {motion.name}-rod")
-    return [tag("style", motion.rule("rod", frames)), circle]
+    return tag("circle", r=round(PER_METRE * radius), **end, class_=f"rod {motion.moving(frames)}")
 
 
 def shares(
@@ -367,9 +367,8 @@ def shares(
     parts.append(tag("text", axis.label, x=right, y=HEIGHT - 3, text_anchor="end", class_="soft"))
     places = [float(x(step)) for step in range(len(values) + 1)]
     frames = [f"transform:translate({place - places[-1]:.1f}px,0)" for place in places]
-    parts.append(tag("style", motion.rule("now", frames)))
     line = {"x1": places[-1], "x2": places[-1], "y1": TOP, "y2": bottom + 2 + STRIP}
-    parts.append(tag("line", **line, class_=f"now moves {motion.name}-now"))
+    parts.append(tag("line", **line, class_=f"now {motion.moving(frames)}"))
     return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=description)
 
 

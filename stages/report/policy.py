@@ -179,16 +179,16 @@ def ways_taken(group: Group) -> Html | None:
     names = next(iter(tables.values()))["class"].tolist()
     counts = {group.short(name): rows["successes"].to_numpy() for name, rows in tables.items()}
     if (demonstrated := _demonstrated(group, names)) is not None:
-        counts = {"training demonstrations": demonstrated, **counts}
+        counts = {"demonstrations": demonstrated, **counts}
     every = list(counts.values())
     rows: list[list[object]] = [
-        [name, *(_shaded(int(count[place]), int(count.max())) for count in every)] for place, name in enumerate(names)
+        [name, *(_shaded(int(count[place]), int(count.sum())) for count in every)] for place, name in enumerate(names)
     ]
     rows.append(["ways", *(_total(f"{int((count > 0).sum())} of {len(names)}") for count in every)])
     rows.append(["in all", *(_total(f"{int(count.sum()):,}") for count in every)])
     said = (
-        f"How many of {group.test_samples():,} test rollouts took each way and succeeded. In each column, the more, "
-        "the stronger the shade."
+        f"How many of {group.test_samples():,} test rollouts took each way and succeeded, beside the demonstrations of "
+        "the training split; the larger the share of its column, the stronger the shade."
     )
     if _environment(group.entry) == "avoiding":
         said += " The name of a way is its sides at the three rows of cylinders, each counted from the left."
@@ -213,9 +213,8 @@ def _total(text: str) -> Html:
     return tag("td", text, class_="n b")
 
 
-def _shaded(count: int, largest: int) -> Html:
-    depth = sections.HEAT * count / largest if largest else 0.0
-    return tag("td", str(count), class_="heat", style=f"--share:{depth:.3f}")
+def _shaded(count: int, every: int) -> Html:
+    return tag("td", str(count), class_="heat", style=f"--share:{count / max(every, 1):.3f}")
 
 
 def published(group: Group) -> Html | None:
@@ -375,21 +374,18 @@ def step_by_step(group: Group, played: Sequence[Played], missing: Sequence[str])
     successes = np.array([one.rollouts.outcome.success for one in played])
     rollout = int(successes.sum(axis=0).argmax())
     longest = max(int(one.rollouts.outcome.steps[rollout]) for one in played)
-    drawn = []
-    for one in played:
-        motion = charts.Motion(f"rollout-{group.dataset}-{one.number}", longest)
-        drawn.append(_in_motion(group, one, rollout, motion))
+    motion = charts.Motion(f"rollout-{group.dataset}", longest)
+    drawn = [_in_motion(group, one, rollout, motion) for one in played]
     succeed = int(successes[:, rollout].sum())
     which = "all models succeed" if succeed == len(played) else f"most models succeed ({succeed} of {len(played)})"
     said = (
         f"Test rollout {data.seeds('test', rollout + 1)[-1]}, the first in which {which}; {charts.PACE:g} steps a "
         "second, again and again. It stops while the pointer is on it, and does not move where less motion is asked "
-        "for. Beside a student: the probability of each expert at every step, one on top of the other, and in the strip "
-        "beneath which of them was taken."
+        "for. Beside a student: the probability of each expert at every step, one on top of the other, and in the "
+        "strip beneath which of them was taken."
     )
-    return join(
-        [*notes, tag("p", said, class_="small soft"), tag("div", *drawn, class_="played", tabindex="0")],
-    )
+    moving = tag("div", *drawn, class_="played", tabindex="0")
+    return join([*notes, tag("p", said, class_="small soft"), moving, motion.style()])
 
 
 def _in_motion(group: Group, played: Played, rollout: int, motion: charts.Motion) -> Html:
@@ -398,9 +394,8 @@ def _in_motion(group: Group, played: Played, rollout: int, motion: charts.Motion
     views = []
     if _environment(group.entry) == "avoiding":
         points, colours = played.points(rollout), played.colours(rollout)
-        moving = charts.rod(points, colours, ROD, motion)
         trail = charts.Trail(points, colours, bool(outcome.failed[rollout]))
-        views.append(charts.trails(GROUND, [trail], f"a rollout of {name} in motion", *moving))
+        views.append(charts.trails(GROUND, [trail], f"a rollout of {name}", charts.rod(points, colours, ROD, motion)))
     if count := played.rollouts.probabilities.shape[2]:
         axis = replace(charts.steps(motion.steps), label="step")
         views.append(
