@@ -13,7 +13,7 @@ from data.errors import UserError
 from models.artifacts import load_model
 from stages import paths
 from stages.evaluate.policy import NONE, WORDS, Rollouts, goals_of_rollouts, roll_out
-from stages.parameters.policy import Task
+from stages.parameters import policy
 from stages.parameters.shared import Dataset
 from stages.report import charts, pictures, sections
 from stages.report.comparison import NOTHING
@@ -105,7 +105,11 @@ def figures(group: Group) -> list[tuple[str, Html]]:
 
 
 def _environment(dataset: Dataset) -> str:
-    return str(getattr(dataset, "environment", "none"))
+    return cast(policy.Dataset, dataset).environment
+
+
+def _settings(group: Group) -> policy.Task:
+    return cast(policy.Task, group.settings)
 
 
 # Figures
@@ -136,8 +140,8 @@ def success_and_diversity(group: Group) -> Html:
     compared = table(headings, rows, numeric=range(1, 6), bold=[2, 3], rule=[2, 4])
     said = (
         "Success alone says nothing about diversity: who always takes the same way can succeed as often. Calls of the "
-        "network are what an action costs. Test rollouts; every model begins in the same states, and the experts of a "
-        "student are drawn anew at every step."
+        "network are what an action costs. Test rollouts; every model begins in the same states. At every step, a "
+        f"student takes {'its likeliest expert' if _settings(group).greedy else 'an expert drawn by probability'}."
     )
     if not series:
         return join([tag("p", said, class_="small soft"), compared])
@@ -295,8 +299,8 @@ def play(group: Group) -> tuple[list[Played], list[str]]:
             place, seeds = data.environment(_environment(group.entry)), data.seeds("test", SHOWN)
             prepared, goals = paths.prepared(group.task, group.dataset), description.network["goals"]
             wanted = goals_of_rollouts(prepared, "test", SHOWN, goals)
-            settings = cast(Task, group.settings)
-            played.append(Played(number, model, roll_out(network, description, place, seeds, settings, goals=wanted)))
+            found = roll_out(network, description, place, seeds, _settings(group), goals=wanted)
+            played.append(Played(number, model, found))
         except (UserError, FileNotFoundError) as error:
             missing.append(f"Without {model.name}: {error}")
     return played, missing
