@@ -247,8 +247,9 @@ def test_success_against_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = cells(page, found.short(model.name))
         teacher = model.role == "teacher"
         assert [row[0] for row in rows] == (["3", "1", "2"] if teacher else ["1"])
-        assert rows[0][1].split()[0] == f"{100 * known['success']:.2f}"
-        assert rows[0][2].split()[0] == f"{known['entropy']:.4f}"
+        spread = samples_of(found.short(model.name))["success"].std(ddof=0) / math.sqrt(ROLLOUTS)
+        assert rows[0][1] == f"{100 * known['success']:.2f} ±{100 * spread:.2f}"
+        assert rows[0][2] == f"{known['entropy']:.4f} ±{error_of(model, 'entropy', 'test'):.4f}"
         ours = [(mark.place, mark.value, mark.ring) for mark in marks if mark.number == number]
         calls = ("one", "2") if teacher else ()
         assert ours == [(100 * known[f"{n}_step_success"], known[f"{n}_step_entropy"], True) for n in calls]
@@ -478,13 +479,14 @@ def test_models_act_as_they_were_evaluated() -> None:
 
 
 def made_up(successes: np.ndarray) -> list[policy.Played]:
-    """Of (models, rollouts) successes."""
+    """Of (models, rollouts) successes; the last rollout is too late if it does not succeed."""
     played = []
     generator = np.random.default_rng(0)
     for number, success in enumerate(successes):
         count, experts = len(success), EXPERTS * (number > 0)
         steps = generator.integers(3, STEPS, count)
-        outcome = Outcome(success, 1.0 * success, np.where(success, number + 1, UNKNOWN), steps, ~success)
+        late = ~success & (np.arange(count) == count - 1)
+        outcome = Outcome(success, 1.0 * success, np.where(success, number + 1, UNKNOWN), steps, ~success & ~late)
         gone = np.arange(STEPS) >= steps[:, None]
         chosen = (
             np.where(gone, NONE, generator.integers(0, 2, (count, STEPS))) if experts else np.full(gone.shape, NONE)
@@ -508,7 +510,7 @@ def test_the_first_rollout_in_which_most_succeed_is_shown(seed: int) -> None:
     assert ("all models succeed" if count == 3 else f"most models succeed ({count} of 3)") in page
     for one, success in zip(played, successes, strict=True):
         steps = one.rollouts.outcome.steps[best]
-        said = "succeeds" if success[best] else "fails"
+        said = "succeeds" if success[best] else "is too late" if best == SHOWN - 1 else "fails"
         assert f"<b>{one.model.name.removeprefix('policy-')}</b> {said} after {steps} steps" in page
     # A teacher has no gate. All moves together, and its rules come after all that moves.
     assert page.count('class="now moves') == 2
@@ -530,7 +532,8 @@ def test_trajectories_say_how_many_succeed_and_how() -> None:
     assert "ddpm: 3 of 6 succeed, in 1 way" in text
     assert "experts" not in text[text.index("ddpm") : text.index("beso")]
     assert "beso: 0 of 6 succeed; 2 of 3 experts act" in text
-    assert page.count('class="missed"') == 2
+    crosses = re.findall(r'<path d="([^"]*)" class="missed"', page)
+    assert [d.count("M") for d in crosses] == [2, 5]
     assert f"demonstrations: {len(LENGTHS['test'])} of the test split" in text
     assert re.findall(r"</span>(expert \d)", page) == ["expert 1", "expert 2", "expert 3"]
     assert policy.trajectories(group(), []) is None
