@@ -7,9 +7,10 @@ A prepared data set is a folder:
     manifest.csv      a row per episode: id (its place in the source, from 0), split, mode (the name of the way that it
                       took, empty where ways are not told apart), start (its first row), length in steps, sha256 of the
                       bytes of its observations and actions
-    dataset.json      observations and actions (O and A), scaling (mean and std of both, and the bounds low and high of
-                      actions, over the steps of the training split), environment (its name and constants, or null),
-                      modes (their names, or none), samples (steps) and episodes per split, how many steps were dropped
+    dataset.json      observations and actions (O and A), scaling (mean and std of both, the standard deviation of the
+                      change of observations from step to step, the bounds low and high of actions; over the steps of
+                      the training split), environment (its name and constants, or null), modes (their names, or none),
+                      samples (steps) and episodes per split, how many steps were dropped
 """
 
 import hashlib
@@ -315,7 +316,7 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
     manifest.to_csv(output / "manifest.csv", index=False, lineterminator="\n")
     np.save(output / "observations.npy", source.observations)
     np.save(output / "actions.npy", source.actions)
-    train = np.repeat(parts == TRAIN, lengths)
+    train, number = np.repeat(parts == TRAIN, lengths), np.repeat(np.arange(count), lengths)
     named = place.modes if place is not None and place.modes and source.modes else sorted(set(source.modes))
     write_json(
         output / "dataset.json",
@@ -323,7 +324,12 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
             "observations": source.observations.shape[1],
             "actions": source.actions.shape[1],
             "scaling": {
-                "observation": _moments(source.observations[train]),
+                "observation": {
+                    **_moments(source.observations[train]),
+                    "change": _spread(
+                        np.diff(source.observations, axis=0)[train[1:] & (np.diff(number) == 0)]
+                    ).tolist(),
+                },
                 "action": {
                     **_moments(source.actions[train]),
                     "low": source.actions[train].min(axis=0).tolist(),
@@ -358,9 +364,16 @@ def _check_environment(source: Demonstrations, place: type[Environment], name: s
 
 
 def _moments(rows: np.ndarray) -> dict[str, list[float]]:
-    """Mean and standard deviation of each column; 1 for a column that never changes, which has no scale."""
-    std = np.where(np.ptp(rows, axis=0) > 0, rows.std(axis=0, dtype=np.float64), 1.0)
-    return {"mean": rows.mean(axis=0, dtype=np.float64).tolist(), "std": std.tolist()}
+    """Mean and `_spread`."""
+    return {"mean": rows.mean(axis=0, dtype=np.float64).tolist(), "std": _spread(rows).tolist()}
+
+
+def _spread(rows: np.ndarray) -> np.ndarray:
+    """Standard deviation of each column; 1 for a column that never changes or has no rows: that has no scale."""
+    if not len(rows):
+        return np.ones(rows.shape[1])
+    spread: np.ndarray = np.where(np.ptp(rows, axis=0) > 0, rows.std(axis=0, dtype=np.float64), 1.0)
+    return spread
 
 
 def content_hashes(observations: np.ndarray, actions: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> list[str]:

@@ -252,11 +252,19 @@ class Transformer(nn.Module):
 
 
 class History(nn.Module):
-    """A perceptron that sees, at every step, goals and all observations of the window up to that step in one row.
+    """A perceptron that sees, at every step, goals and all observations of the window up to that step in one row: the
+    latest, and the changes that led to it, in standard deviations of such changes.
 
-    Where the window has not begun, its first observation stands instead. Of actions it sees that of the step alone.
-    Arguments, `forward` and attributes are those of `Transformer`; a student's features are its last hidden layer.
+    Observations of one window are nearly the same, and what a policy has to know of them is how they differ: with
+    changes on the scale of observations, it would learn that last. Before the window begins nothing changes. Of actions
+    it sees that of the step alone. Arguments, `forward` and attributes are those of `Transformer`; a student's features
+    are its last hidden layer.
+
+    Args:
+        change: (O,) standard deviation of a change of scaled observations from step to step.
     """
+
+    change: Tensor
 
     def __init__(
         self,
@@ -267,11 +275,13 @@ class History(nn.Module):
         goals: int,
         level: nn.Module | None,
         *,
+        change: Tensor,
         activation: str = "mish",
         **perceptron: Any,
     ) -> None:
         super().__init__()
         self.goals, self.window = goals, window
+        self.register_buffer("change", change, persistent=False)
         inputs = (goals + window) * observations
         self.network = Perceptron(inputs, outputs, **perceptron, activation=activation)
         self.features = self.network.features
@@ -297,12 +307,13 @@ class History(nn.Module):
     def _rows(self, observations: Tensor, last: bool) -> Tensor:
         """(B, G + T, O) to (B, T or 1, (G + window) O)."""
         goals, states = observations[:, : self.goals], observations[:, self.goals :]
-        before = states[:, :1].expand(-1, self.window - 1, -1)
-        padded = torch.cat([before, states], 1)
+        changes = F.pad((states[:, 1:] - states[:, :-1]) / self.change, (0, 0, self.window - 1, 0))
         if last:
-            rows = padded[:, None, -self.window :].flatten(2)
+            rows = torch.cat([states[:, -1:], changes[:, None, changes.shape[1] - self.window + 1 :].flatten(2)], 2)
+        elif self.window == 1:
+            rows = states
         else:
-            rows = padded.unfold(1, self.window, 1).transpose(2, 3).flatten(2)
+            rows = torch.cat([states, changes.unfold(1, self.window - 1, 1).transpose(2, 3).flatten(2)], 2)
         if not self.goals:
             return rows
         return torch.cat([goals.flatten(1)[:, None].expand(-1, rows.shape[1], -1), rows], 2)
@@ -743,7 +754,9 @@ def _backbone(
     if settings.pop("name") == "transformer":
         return Transformer(outputs=outputs or settings["width"], level=level, **sizes, **settings)
     activation = network.get("activation", "mish")
-    return History(outputs=outputs, level=level, activation=activation, **sizes, **settings)
+    scaling = {name: torch.tensor(value) for name, value in interface["scaling"]["observation"].items()}
+    change = torch.where(scaling["change"] > 0, scaling["change"] / scaling["std"], 1.0)
+    return History(outputs=outputs, level=level, change=change, activation=activation, **sizes, **settings)
 
 
 def build(description: Mapping[str, Any]) -> nn.Module:

@@ -19,7 +19,7 @@ def write_onnx(
     axes: tuple[str, ...],
     path: Path,
 ) -> None:
-    """Export with a dynamic batch; all else is constant but the first input's other `axes`, and that is no cause to warn.
+    """Export with a dynamic batch; all else is constant but other `axes` of the first input, without warnings.
 
     The exporter of TorchScript days is used on purpose: it takes 0.3 s where the newer one takes 5, and writes no
     stack traces, hence the same bytes on every machine.

@@ -100,7 +100,7 @@ class Policy(Task):
     def _load(self, prepared: Path, part: str, window: int) -> Windows:
         episodes = data.load(prepared, part)
         rows = data.windows(episodes, window)
-        episode = torch.searchsorted(episodes.starts, rows[:, 0], right=True) - 1
+        episode = torch.searchsorted(episodes.starts, rows[:, 0].contiguous(), right=True) - 1
         begins, ends = episodes.starts[episode], (episodes.starts + episodes.lengths)[episode]
         goals = ends[:, None] - self._goals + torch.arange(self._goals)
         if bool((goals < begins[:, None]).any()):

@@ -25,7 +25,7 @@ INTERFACE = {
     "actions": ACTIONS,
     "environment": None,
     "scaling": {
-        "observation": {"mean": [1.0, -2.0, 0.0], "std": [2.0, 0.5, 0.0]},
+        "observation": {"mean": [1.0, -2.0, 0.0], "std": [2.0, 0.5, 0.0], "change": [2.0, 0.5, 0.0]},
         "action": {"mean": [0.5, -1.0], "std": [0.1, 4.0], "low": [0.2, -13.0], "high": [0.7, 7.0]},
     },
 }

@@ -86,7 +86,7 @@ def described(actions: int, **network: Any) -> tuple[dict[str, Any], dict[str, A
     """Interface and network of a teacher whose scaled actions are the raw ones."""
     ones, zeros = ([value] * actions for value in (1.0, 0.0))
     scaling = {
-        "observation": {"mean": [0.0], "std": [1.0]},
+        "observation": {"mean": [0.0], "std": [1.0], "change": [1.0]},
         "action": {"mean": zeros, "std": ones, "low": [-1e3] * actions, "high": [1e3] * actions},
     }
     backbone = {"name": "mlp", "width": 2, "layers": 0, "dropout": 0.0, "residual": False}

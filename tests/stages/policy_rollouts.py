@@ -25,7 +25,7 @@ HEADS = {"experts": 3, "heads": {"width": 8, "layers": 1}, "gate_head": {"width"
 SMALL: dict[str, dict[str, Any]] = {"ddpm": {"steps": 3}, "beso": {"steps": 3}, "mixture": HEADS}
 # Of Avoiding, about: a network with random weights then acts on its scale.
 SCALING = {
-    "observation": {"mean": [0.5, 0.0, 0.5, 0.0], "std": [0.1, 0.2, 0.1, 0.2]},
+    "observation": {"mean": [0.5, 0.0, 0.5, 0.0], "std": [0.1, 0.2, 0.1, 0.2], "change": [0.1, 0.2, 0.1, 0.2]},
     "action": {"mean": [0.0, 0.009], "std": [0.006, 0.004], "low": [-0.0125, 0.0], "high": [0.0125, 0.0125]},
 }
 

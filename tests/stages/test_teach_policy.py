@@ -259,7 +259,7 @@ def test_a_small_diffusion_policy_goes_both_ways(
     assert 0.35 < (side > 0).float().mean() < 0.65
     for way in (-1, 1):
         own = found[side == way]
-        assert own[:, 0].mean().item() == pytest.approx(way, abs=0.12)
+        assert own[:, 0].mean().item() == pytest.approx(way, abs=0.2)
         assert own[:, 0].std().item() < 0.3
     assert (found[:, 1] - observations[:, 0, 0]).abs().mean() < 0.2
 

@@ -301,7 +301,7 @@ def known(name: str, truth: Gaussians) -> Any:
     """Scaled actions are raw ones."""
     size = truth.mean.shape[2]
     scaling = {
-        "observation": {"mean": [0.0], "std": [1.0]},
+        "observation": {"mean": [0.0], "std": [1.0], "change": [1.0]},
         "action": {"mean": [0.0] * size, "std": [1.0] * size, "low": [-99.0] * size, "high": [99.0] * size},
     }
     interface = {"observations": 1, "actions": size, "scaling": scaling, "environment": None}
