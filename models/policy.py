@@ -262,9 +262,12 @@ class History(nn.Module):
 
     Args:
         change: (O,) standard deviation of a change of scaled observations from step to step.
+        frequencies: sines and cosines of the latest observation, times each, are seen too (Tancik et al., NeurIPS
+            2020): a perceptron alone learns slowly what turns on small differences of place.
     """
 
     change: Tensor
+    frequencies: Tensor
 
     def __init__(
         self,
@@ -276,13 +279,15 @@ class History(nn.Module):
         level: nn.Module | None,
         *,
         change: Tensor,
+        frequencies: Sequence[float] = (),
         activation: str = "mish",
         **perceptron: Any,
     ) -> None:
         super().__init__()
         self.goals, self.window = goals, window
         self.register_buffer("change", change, persistent=False)
-        inputs = (goals + window) * observations
+        self.register_buffer("frequencies", torch.tensor(frequencies), persistent=False)
+        inputs = (goals + window + 2 * len(frequencies)) * observations
         self.network = Perceptron(inputs, outputs, **perceptron, activation=activation)
         self.features = self.network.features
         self.act = None if level is None else nn.Linear(actions, self.features, bias=False)
@@ -315,6 +320,9 @@ class History(nn.Module):
             rows = states
         else:
             rows = torch.cat([states, changes.unfold(1, self.window - 1, 1).transpose(2, 3).flatten(2)], 2)
+        if len(self.frequencies):
+            angles = (rows[..., None, : states.shape[2]] * self.frequencies[:, None]).flatten(2)
+            rows = torch.cat([rows, angles.sin(), angles.cos()], 2)
         if not self.goals:
             return rows
         return torch.cat([goals.flatten(1)[:, None].expand(-1, rows.shape[1], -1), rows], 2)

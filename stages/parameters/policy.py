@@ -125,13 +125,16 @@ class Perceptron(Section):
 class MLP(Perceptron):
     """A perceptron on the observations of a window up to a step, one after the other; of a teacher also on the action.
 
-    A student with 0 `layers` has no trunk: its heads see the observations themselves.
+    A student with 0 `layers` has no trunk: its heads see the observations themselves. With `frequencies` sines and
+    cosines of the latest observation, scaled and times each of these, are seen too: what turns on small differences of
+    place is learnt much sooner.
     """
 
     name: Literal["mlp"]
     width: Positive = 256
     layers: Count = 2
     dropout: Dropout = 0.0
+    frequencies: list[Rate] = []
 
 
 Backbone = Annotated[Transformer | MLP, Field(discriminator="name")]

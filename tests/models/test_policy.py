@@ -25,7 +25,7 @@ INTERFACE = {
     "actions": ACTIONS,
     "environment": None,
     "scaling": {
-        "observation": {"mean": [1.0, -2.0, 0.0], "std": [2.0, 0.5, 0.0], "change": [2.0, 0.5, 0.0]},
+        "observation": {"mean": [1.0, -2.0, 0.0], "std": [2.0, 0.5, 0.0], "change": [0.4, 0.3, 0.0]},
         "action": {"mean": [0.5, -1.0], "std": [0.1, 4.0], "low": [0.2, -13.0], "high": [0.7, 7.0]},
     },
 }
@@ -35,6 +35,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "one layer": {**TRANSFORMER, "layers": 1},
     "mlp": {"name": "mlp", "width": 8, "layers": 2},
     "residual": {"name": "mlp", "width": 8, "layers": 2, "residual": True},
+    "waves": {"name": "mlp", "width": 8, "layers": 2, "frequencies": [2.0, 5.0]},
 }
 SECTIONS: dict[str, Any] = {"ddpm": DDPM, "beso": BESO, "mixture": Mixture}
 backbones = pytest.mark.parametrize("backbone", BACKBONES)
@@ -599,3 +600,30 @@ def test_a_teacher_as_onnx_takes_its_noise(name: str, tmp_path: Path) -> None:
         wanted = network.decide(observations, noise)
     (found,) = session.run(None, {"observations": observations.numpy(), "noise": noise.numpy()})
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("goals", [0, 2])
+@pytest.mark.parametrize("window", [1, 2, WINDOW])
+@pytest.mark.parametrize("backbone", ["mlp", "waves"])
+def test_a_perceptron_sees_the_latest_observation_and_the_changes_before_it(
+    backbone: str, window: int, goals: int
+) -> None:
+    """Value by value: each in standard deviations, 0 before the window begins, then the waves of the latest."""
+    network = build("mixture", backbone, window=window, goals=goals)
+    network.trunk.network = nn.Identity()
+    mean, std, change = [1.0, -2.0, 0.0], [2.0, 0.5, 1.0], [0.4, 0.3, 1.0]
+    frequencies = BACKBONES[backbone].get("frequencies", [])
+    for steps in range(1, window + 1):
+        raw = seen(2, goals + steps)
+        found = network.features(raw)
+        for row, time in np.ndindex(2, steps):
+            value = raw[row].tolist()
+            latest = [(value[goals + time][i] - mean[i]) / std[i] for i in range(OBSERVATIONS)]
+            wanted = [(value[goal][i] - mean[i]) / std[i] for goal in range(goals) for i in range(OBSERVATIONS)]
+            wanted += latest
+            for back in range(window - 2, -1, -1):
+                now, before = max(time - back, 0), max(time - back - 1, 0)
+                wanted += [(value[goals + now][i] - value[goals + before][i]) / change[i] for i in range(OBSERVATIONS)]
+            for wave in (math.sin, math.cos):
+                wanted += [wave(frequency * x) for frequency in frequencies for x in latest]
+            np.testing.assert_allclose(found[row, time], wanted, rtol=1e-5, atol=1e-6)
