@@ -101,7 +101,7 @@ class Perceptron(nn.Module):
 
     Args:
         outputs: None leaves the last layer out.
-        activation: "mish", or "prelu", which the official code takes instead (card 4.6).
+        activation: "mish"; "prelu", which the official code takes instead (card 4.6); or "silu".
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Perceptron(nn.Module):
         super().__init__()
         widths = [inputs] + [width] * (layers + residual)
         self.layers = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
-        kind = {"mish": nn.Mish, "prelu": nn.PReLU}[activation]
+        kind = {"mish": nn.Mish, "prelu": nn.PReLU, "silu": nn.SiLU}[activation]
         self.activations = nn.ModuleList(kind() for _ in range(layers))
         self.dropout = nn.Dropout(dropout)
         self.last = None if outputs is None else nn.Linear(widths[-1], outputs)
@@ -280,7 +280,6 @@ class History(nn.Module):
         *,
         change: Tensor,
         frequencies: Sequence[float] = (),
-        activation: str = "mish",
         **perceptron: Any,
     ) -> None:
         super().__init__()
@@ -288,7 +287,7 @@ class History(nn.Module):
         self.register_buffer("change", change, persistent=False)
         self.register_buffer("frequencies", torch.tensor(frequencies), persistent=False)
         inputs = (goals + window + 2 * len(frequencies)) * observations
-        self.network = Perceptron(inputs, outputs, **perceptron, activation=activation)
+        self.network = Perceptron(inputs, outputs, **perceptron)
         self.features = self.network.features
         self.act = None if level is None else nn.Linear(actions, self.features, bias=False)
         self.level = level
@@ -553,17 +552,16 @@ class Mixture(nn.Module):
         self.actions, self.goals, self.count = interface["actions"], network["goals"], network["experts"]
         self.gate_trains_trunk = False
         self._stds = network["init_std"], network["min_std"]
-        activation = network["activation"]
         self.trunk = _backbone(interface, network, None, None)
         features = cast(int, self.trunk.features)
         wide = self.count * self.actions
         self._diagonal = network["covariance"] == "diagonal"
         entries = wide if self._diagonal else wide * (self.actions + 1) // 2
-        self.mean_head = Perceptron(features, wide, **network["heads"], activation=activation)
-        self.covariance_head = Perceptron(features, entries, **network["heads"], activation=activation)
+        self.mean_head = Perceptron(features, wide, **network["heads"])
+        self.covariance_head = Perceptron(features, entries, **network["heads"])
         self.gate = None
         if network["gate"] == "learned":
-            self.gate = Perceptron(features, self.count, **network["gate_head"], activation=activation)
+            self.gate = Perceptron(features, self.count, **network["gate_head"])
         for head in (self.mean_head, self.covariance_head, self.gate):
             for layer in head.modules() if head is not None else ():
                 if isinstance(layer, nn.Linear):
@@ -762,10 +760,9 @@ def _backbone(
     sizes |= {"window": network["window"], "goals": network["goals"]}
     if settings.pop("name") == "transformer":
         return Transformer(outputs=outputs or settings["width"], level=level, **sizes, **settings)
-    activation = network.get("activation", "mish")
     scaling = {name: torch.tensor(value) for name, value in interface["scaling"]["observation"].items()}
     change = torch.where(scaling["change"] > 0, scaling["change"] / scaling["std"], 1.0)
-    return History(outputs=outputs, level=level, change=change, activation=activation, **sizes, **settings)
+    return History(outputs=outputs, level=level, change=change, **sizes, **settings)
 
 
 def build(description: Mapping[str, Any]) -> nn.Module:

@@ -109,11 +109,15 @@ class Transformer(Section):
 
 
 class Perceptron(Section):
-    """Linear layers with an activation between them; `residual`: pairs of hidden layers with a shortcut around each."""
+    """Linear layers with an activation between them; `residual`: pairs of hidden layers with a shortcut around each.
+
+    `prelu` is what becomes of `mish` in the official code; `silu` takes a tenth of the time on processors.
+    """
 
     width: Positive
     layers: Count
     residual: bool = False
+    activation: Literal["mish", "prelu", "silu"] = "mish"
 
     @model_validator(mode="after")
     def _pairs(self) -> "Perceptron":
@@ -194,7 +198,6 @@ class Mixture(Network):
     gate: Literal["learned", "uniform"] = "learned"
     heads: Perceptron = Perceptron(width=512, layers=1)
     gate_head: Perceptron = Perceptron(width=64, layers=2, residual=True)
-    activation: Literal["mish", "prelu"] = "mish"
     gain: Rate = 0.01
     bias: Weight = 1.0
     init_std: Rate = 1.0

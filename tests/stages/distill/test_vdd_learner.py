@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "goals": {"network": {"goals": 2}},
     "diagonal": {"network": {"covariance": "diagonal"}},
     "uniform gate": {"network": {"gate": "uniform"}},
-    "prelu": {"network": {"activation": "prelu", "backbone": PERCEPTRON}},
+    "prelu": {"network": {"backbone": {**PERCEPTRON, "activation": "prelu"}}},
     "one sample": {"samples": 1},
     "five samples": {"samples": 5},
     "more updates": {"expert_steps": 3, "gate_steps": 2},
