@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
+from benchmarks.timing import agree, seconds
 from models import policy as models
 from models.policy import Output
 from stages.distill import vdd
@@ -42,7 +43,6 @@ from stages.teach.policy import Policy, Windows
 from stages.training import Context, Run
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-SHORT = 0.02  # seconds; what takes less is repeated
 Call = Callable[[], Sequence[Tensor]]
 
 
@@ -66,20 +66,6 @@ SIZES = {
 }
 
 
-def seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """Of one call; the mean over several in a row where one is short."""
-    begun = clock()
-    call()
-    first = clock() - begun
-    if first > SHORT:
-        return first
-    count = int(SHORT / max(first, 1e-6)) + 1
-    begun = clock()
-    for _ in range(count):
-        call()
-    return (clock() - begun) / count
-
-
 def timed(calls: dict[str, Call], repetitions: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of every call; they alternate."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -87,15 +73,6 @@ def timed(calls: dict[str, Call], repetitions: int, clock: Callable[[], float]) 
         for name, call in calls.items():
             times[name].append(seconds(call, clock))
     return times
-
-
-def agree(calls: dict[str, Call], relative: float) -> None:
-    """Refuse to compare what does not compute the same; each value within a share of its largest number."""
-    expected = calls["ours"]()
-    for name in list(calls)[1:]:
-        for found, wanted in zip(calls[name](), expected, strict=True):
-            off = (found - wanted).abs().max().item()
-            assert off <= relative * wanted.abs().max().item(), f"{name} differs by {off:.2g}"
 
 
 # The surrogate
