@@ -506,5 +506,5 @@ def test_no_key_is_one_that_the_run_cache_of_dvc_leaves_out(task: str) -> None:
             for name, field in kind.model_fields.items():
                 names |= {name, field.alias}
                 kinds.append(field.annotation)
-    assert {"sha256", "licence", "dataset", "network", "method", "epochs", "threads"} <= names
+    assert {"sha256", "licence", "dataset", "network", "method", "training", "threads"} <= names
     assert not names & {"size", "nfiles"}

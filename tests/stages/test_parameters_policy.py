@@ -64,7 +64,8 @@ students:
     teacher: steps
     network:
       {{name: mixture, window: 5, goals: 0, experts: 4, covariance: diagonal, gate: learned,
-        heads: {{width: 8, layers: 1, residual: false, activation: prelu}}, gate_head: {{width: 8, layers: 2, residual: true}}, gain: 0.1,
+        heads: {{width: 8, layers: 1, residual: false, activation: prelu}},
+        gate_head: {{width: 8, layers: 2, residual: true}}, gain: 0.1,
         bias: 0.5, init_std: 1.0, min_std: 1.0e-4, backbone: {{name: transformer, layers: 1, heads: 2, width: 8}}}}
     levels: {{kind: steps, low: 0, high: 7}}
     samples: 1
@@ -158,7 +159,8 @@ def test_defaults_are_those_of_the_card(file: Path) -> None:
     assert (wide.samples, wide.vp_input, wide.weight, wide.lag) == (2, "raw", "gate", 0)
     assert (wide.expert_steps, wide.gate_steps, wide.reduction, wide.lr_total) == (2, 1, "sum", "updates")
     network, training = wide.network, wide.training
-    assert (network.experts, network.covariance, network.gate, network.heads.activation) == (8, "full", "learned", "mish")
+    assert (network.experts, network.covariance, network.gate) == (8, "full", "learned")
+    assert network.heads.activation == network.gate_head.activation == "mish"
     assert (network.init_std, network.min_std, network.bias, network.gain, network.window) == (1, 1e-4, 1, 0.01, 5)
     assert (network.gate_head.width, network.gate_head.layers, network.gate_head.residual) == (64, 2, True)
     assert (training.iterations, training.batch, training.learning_rate, training.decay) == (
