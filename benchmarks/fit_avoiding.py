@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from data.avoiding import FINISH, Avoiding, clearance, mode_of
+from data.avoiding import FINISH, ROWS, Avoiding, clearance, mode_of
 
 
 class Recording(NamedTuple):
@@ -67,6 +67,16 @@ def fit_tracking(recordings: list[Recording]) -> float:
     return float(found.x)
 
 
+def spreads(recordings: list[Recording]) -> list[float]:
+    """Standard deviation, in metres, of where recorded paths pass each gap of each row."""
+    passed: dict[tuple[float, int], list[float]] = {}
+    for recording in recordings:
+        for (height, _), side in zip(ROWS, recording.sides, strict=True):
+            x = float(np.interp(height, recording.actual[:, 1], recording.actual[:, 0]))
+            passed.setdefault((height, side), []).append(x)
+    return [float(np.std(places)) for places in passed.values()]
+
+
 def main() -> None:
     """Print the constants, and how well a replay of the recordings goes with them."""
     parser = argparse.ArgumentParser(
@@ -91,6 +101,12 @@ def main() -> None:
         f"TRACKING = {tracking}  # {len(found)} steps, mm: root mean square {np.sqrt((found**2).mean()):.1f}, "
         f"median {np.median(found):.1f}, 95 % {np.percentile(found, 95):.1f}, largest {found.max():.1f}"
     )
+    actions = np.concatenate([recording.actions[: recording.finish() + 1] for recording in recordings])
+    lengths, sideways = np.linalg.norm(actions, axis=1), np.abs(actions[:, 0])
+    print(f"FASTEST = {np.abs(actions).max():.4f}")
+    print(f"CRUISE = ({np.median(lengths):.4f}, {np.percentile(lengths, 99):.4f})")
+    print(f"actions sideways, but for none at all: {sideways[sideways > 1e-6].min():.4f} m at least")
+    print("gaps are passed with a spread of {:.3f} to {:.3f} m".format(*np.percentile(spreads(recordings), (0, 100))))
     environment, succeeded, same = Avoiding(), 0, 0
     for recording in recordings:
         environment.reset([0])

@@ -20,7 +20,7 @@ from data.avoiding import Avoiding, Outcome, clearance, context_entropy, demonst
 from data.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-REFERENCE = Path(os.environ.get("REFERENCE_ROOT") or ROOT / "tests" / "reference") / "vdd" / "aux.npz"
+REFERENCE = ROOT / "tests" / "reference" / "vdd" / "aux.npz"
 UPWARDS = 0.0125
 bench = pytest.mark.skipif(not os.environ.get("DISTILLERY_DATA"), reason="DISTILLERY_DATA names no folder of real data")
 
@@ -243,7 +243,6 @@ def test_contexts_without_a_success_count_as_0_or_not_at_all() -> None:
         assert context_entropy(modes, np.zeros_like(success), 2, failed_as_zero) == 0
 
 
-@pytest.mark.skipif(not REFERENCE.is_file(), reason="no reference vectors of vdd here")
 def test_entropies_are_those_of_the_reference() -> None:
     """They stand for log p by log(p + 1e-12)."""
     with np.load(REFERENCE) as vectors:

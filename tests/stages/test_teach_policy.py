@@ -234,22 +234,22 @@ def test_a_loss_is_the_error_of_the_network_at_the_noise_that_was_drawn(prepared
 
 
 @pytest.mark.parametrize(
-    ("network", "iterations"),
+    ("network", "near"),
     [
-        ({"name": "ddpm", "steps": 16, "backbone": WIDER}, 300),
-        ({"name": "beso", **FAR, "backbone": WIDER}, 300),
-        ({"name": "beso", **FAR, "sampler": "ddim", "backbone": {"name": "mlp", "width": 64, "layers": 3}}, 300),
+        ({"name": "ddpm", "steps": 16, "backbone": WIDER}, 0.12),
+        ({"name": "beso", **FAR, "backbone": WIDER}, 0.12),
+        ({"name": "beso", **FAR, "sampler": "ddim", "backbone": {"name": "mlp", "width": 64, "layers": 3}}, 0.2),
     ],
     ids=["ddpm", "beso", "ddim"],
 )  # fmt: skip
 def test_a_small_diffusion_policy_goes_both_ways(
-    prepared: Path, run: Run, network: dict[str, Any], iterations: int
+    prepared: Path, run: Run, network: dict[str, Any], near: float
 ) -> None:
-    training = {"iterations": iterations, "batch": 128, "learning_rate": 5e-3, "decay": "linear", "ema": 0.98}
+    training = {"iterations": 300, "batch": 128, "learning_rate": 5e-3, "decay": "linear", "ema": 0.98}
     task = for_teacher(project.teacher(training=training, window=1, **network), prepared, run)
     learner = task.pretraining()
     assert learner is not None
-    steps(learner, run, iterations)
+    steps(learner, run, 300)
     policy = learner.student.eval()
     assert isinstance(policy, models.Diffusion)
     observations = torch.rand(500, 1, 2, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -259,7 +259,7 @@ def test_a_small_diffusion_policy_goes_both_ways(
     assert 0.35 < (side > 0).float().mean() < 0.65
     for way in (-1, 1):
         own = found[side == way]
-        assert own[:, 0].mean().item() == pytest.approx(way, abs=0.2)
+        assert own[:, 0].mean().item() == pytest.approx(way, abs=near)
         assert own[:, 0].std().item() < 0.3
     assert (found[:, 1] - observations[:, 0, 0]).abs().mean() < 0.2
 
