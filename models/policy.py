@@ -309,7 +309,7 @@ class History(nn.Module):
         return cast(Tensor, cast(nn.Linear, self.network.last)(hidden))
 
     def _rows(self, observations: Tensor, last: bool) -> Tensor:
-        """(B, G + T, O) to (B, T or 1, (G + window) O)."""
+        """(B, G + T, O) to (B, T or 1, (G + window + 2 F) O), F being the number of frequencies."""
         goals, states = observations[:, : self.goals], observations[:, self.goals :]
         padded = torch.cat([states[:, :1].expand(-1, self.window - 1, -1), states], 1)
         changes = (padded[:, 1:] - padded[:, :-1]) / self.change

@@ -111,7 +111,8 @@ class Transformer(Section):
 class Perceptron(Section):
     """Linear layers with an activation between them; `residual`: pairs of hidden layers with a shortcut around each.
 
-    `prelu` is what becomes of `mish` in the official code; `silu` takes a tenth of the time on processors.
+    `prelu` is what becomes of `mish` in the official code; `silu` costs processors much
+    less.
     """
 
     width: Positive
