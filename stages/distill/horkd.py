@@ -13,16 +13,21 @@ Every loss takes student (B, D) and teacher (B, D'), row i of both being the sam
 computed and returned in float32, or in float64 if either input is, also under autocast; the gradient has the student's
 dtype and none reaches the teacher. Inputs that are no matrices, are empty or differ in B raise ValueError with both
 shapes. B = 1 gives order 2 and 3 the value 0, still attached to the graph. NaN and infinity come out, never a zero.
+
+`pair_loss` and `triplet_loss` are the definitions, with an array of B * B * D differences; training takes
+`relation_losses`, which is equal and needs memory of B * B.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages import relations
 from stages.parameters.recognition import HORKD
-from stages.training import Context, Method, Run, Task
+from stages.training import Context, Method, Run, Task, derive_seed
 
 
 def point_loss(student: Tensor, teacher: Tensor, penalty: str = "mse") -> Tensor:
@@ -66,6 +71,29 @@ def triplet_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = _widen(student, teacher)
     return F.smooth_l1_loss(triplet_cosines(student), triplet_cosines(teacher))
+
+
+def relation_losses(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    pairs: bool = True,
+    triplets: bool = True,
+    form: str = "blocks",
+    vertices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Order 2 and order 3 at once, by closed forms of value and gradient (card 8; stages/relations).
+
+    Shapes and reductions: those of `pair_loss` and `triplet_loss`. Differentiable once.
+
+    Args:
+        pairs, triplets: what is not asked for is 0, and not computed.
+        form: compiled, blocks or fused (`stages.relations`).
+        vertices: (K,) int64, at which samples angles are compared, each with all B * B pairs; None: at all of them.
+            The mean over K evenly drawn ones is that over all on average.
+    """
+    student, teacher = _widen(student, teacher)
+    return relations.losses(student, teacher, pairs=pairs, triplets=triplets, form=form, vertices=vertices)
 
 
 def pairwise_distances(points: Tensor) -> Tensor:
@@ -142,6 +170,7 @@ class Learner(Method):
             trained += projection.parameters()
         self.streams = task.streams()
         task.optimize(self, "student", trained)
+        self._form = relations.choose(run.device)
 
     def step(self, context: Context) -> Mapping[str, Tensor]:
         weights, tap = self._parameters.weights, self._parameters.tap
@@ -160,9 +189,30 @@ class Learner(Method):
             terms["points"] = point_loss(projected, source, self._parameters.point_penalty)
         if weights.pairs or weights.triplets:
             embedding, source = context.run.gather(embedding), context.run.gather(source)
-        if weights.pairs:
-            terms["pairs"] = pair_loss(embedding, source)
-        if weights.triplets:
-            terms["triplets"] = triplet_loss(embedding, source)
+            found = relation_losses(
+                embedding,
+                source,
+                pairs=bool(weights.pairs),
+                triplets=bool(weights.triplets),
+                form=self._form,
+                vertices=self._vertices(len(source), context),
+            )
+            named = zip(("pairs", "triplets"), found, strict=True)
+            terms |= {name: term for name, term in named if getattr(weights, name)}
         context.update("student", {name: getattr(weights, name) * term for name, term in terms.items()})
         return {f"loss/{name}": term for name, term in terms.items()}
+
+    def _vertices(self, count: int, context: Context) -> Tensor | None:
+        """Some samples of the global batch, the same in every process; None where all are to be taken."""
+        wanted = self._parameters.vertices
+        if wanted is None or wanted >= count:
+            return None
+        generator = torch.Generator().manual_seed(derive_seed(self._task.seed, "vertices", context.step))
+        return torch.randperm(count, generator=generator)[:wanted].to(context.run.device)
+
+    def state(self) -> dict[str, Any]:
+        """The form of relations: another one gives other bits, which a training that goes on must not."""
+        return {"form": self._form}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._form = state["form"]

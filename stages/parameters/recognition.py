@@ -149,7 +149,11 @@ class KD(AnyStudent, shared.KD):
 
 
 class HORKD(AnyStudent):
-    """Relations of order 1 (points), 2 (pairs) and 3 (triplets) between embeddings; a weight of 0 skips its term."""
+    """Relations of order 1 (points), 2 (pairs) and 3 (triplets) between embeddings; a weight of 0 skips its term.
+
+    `vertices` compares angles at so many samples of a batch, drawn anew at every step, instead of at all: for very
+    large batches.
+    """
 
     class Weights(Section):
         task: Weight = 1.0
@@ -167,6 +171,7 @@ class HORKD(AnyStudent):
     weights: Weights = Weights()
     tap: Literal["pooled", "embedding"] = "pooled"
     point_penalty: Literal["mse", "huber", "mse_unit"] = "mse"
+    vertices: Positive | None = None
 
 
 Student = Annotated[Alone | KD | HORKD, Field(discriminator="method")]
