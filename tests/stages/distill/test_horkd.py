@@ -415,7 +415,7 @@ def test_derivatives(loss: Loss) -> None:
     assert torch.autograd.gradcheck(lambda v: loss(v, teacher), (student,))
     if loss is pair_loss or loss in FAST:
         (gradient,) = torch.autograd.grad(loss(student, teacher), student, create_graph=True)
-        with pytest.raises((NotImplementedError, RuntimeError), match="derivative|differentiate twice"):
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"derivative|does not require grad"):
             gradient.square().sum().backward()
     else:
         assert torch.autograd.gradgradcheck(lambda v: loss(v, teacher), (student,))
