@@ -14,14 +14,15 @@ def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def put(path: str) -> None:
+def put(path: str, content: str = "x") -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("x")
+    Path(path).write_text(content)
 
 
 def test_every_model_is_followed_by_what_was_trained_beside_it() -> None:
-    put("models/companions/text/b/teacher/model.json")
-    put("models/companions/text/b/another/model.json")
+    for companion in ("teacher", "another", "generator"):
+        put(f"models/companions/text/b/{companion}/model.json")
+    put("models/companions/text/b/contents.json", '{"evaluated": ["another", "teacher"]}')
     put("models/companions/text/b/influence.csv")
     put("models/companions/text/none")
     put("models/companions/text/c/model.csv")

@@ -22,7 +22,7 @@ from data.files import sha256, tree_digest
 from models.zero_shot import build
 
 sys.path.insert(0, str(Path(__file__).parent))
-import zero_shot_files as files
+import zero_shot_sources as files
 
 SHEAR = {"sheared-left": -0.5, "sheared-right": 0.5}
 

@@ -21,7 +21,7 @@ from data.files import sha256
 from stages import prepare, validate
 
 sys.path.insert(0, str(Path(__file__).parent))
-import zero_shot_files as files
+import zero_shot_sources as files
 
 FOLDER = Path("data/prepared/zero_shot/tiny")
 PROOF = Path("data/validated/zero_shot/tiny.json")

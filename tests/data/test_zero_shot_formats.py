@@ -20,7 +20,7 @@ from data.files import tree_digest
 from models.zero_shot import Scale
 
 sys.path.insert(0, str(Path(__file__).parent))
-import zero_shot_files as files
+import zero_shot_sources as files
 
 KINDS = ["xlsa17", "arrays"]
 Arrays = dict[str, np.ndarray]

@@ -98,7 +98,9 @@ class Disk:
     def accompany(self, student: str, companion: str, weights: str) -> None:
         """What a training left beside its student."""
         description = {"dataset": {"name": "digits", "digest": "d" * 64}, "weights_sha256": weights}
-        self.write(f"models/companions/recognition/{student}/{companion}/model.json", json.dumps(description).encode())
+        folder = f"models/companions/recognition/{student}"
+        self.write(f"{folder}/{companion}/model.json", json.dumps(description).encode())
+        self.write(f"{folder}/contents.json", json.dumps({"evaluated": [companion]}).encode())
 
     def evaluate(self, figures: dict[str, float], day: int = 1) -> None:
         """By the stage itself, but for what it reads: networks are not loaded, and answer with these figures."""

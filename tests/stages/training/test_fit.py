@@ -17,7 +17,7 @@ from stages import paths
 from stages.distill import alone, kd
 from stages.parameters import text as schema
 from stages.teach.text import for_student, for_teacher
-from stages.training import Context, Method, Run, Stopped
+from stages.training import Companion, Context, Method, Run, Stopped
 from stages.training.fit import describe, fit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -41,8 +41,8 @@ class Together(Method):
         self.seen = torch.zeros(90, dtype=torch.int64)
 
     @property
-    def companions(self) -> Mapping[str, nn.Module]:
-        return {"teacher": self.modules["teacher"]}
+    def companions(self) -> Mapping[str, Companion]:
+        return {"teacher": Companion(self.modules["teacher"])}
 
     def tables(self) -> Mapping[str, pd.DataFrame]:
         return {"seen": pd.DataFrame({"row": range(90), "times": self.seen.numpy()})}
@@ -126,7 +126,7 @@ def test_a_teacher_that_learnt_is_kept_with_the_recipe_of_its_student(data: Path
     for key, value in network.state_dict().items():
         assert torch.equal(value, learner.modules["teacher"].state_dict()[key])
     before, small = read_description(paths.trained("text", "big")), read_description(paths.trained("text", "small"))
-    assert (found.name, found.kind, found.task) == ("small.teacher", "teacher", "text")
+    assert (found.name, found.kind, found.task) == ("small.teacher", "companion", "text")
     assert found.start == {"name": "big", "weights_sha256": before.weights_sha256}
     assert found.teacher is None
     assert found.recipe == small.recipe == project.student("lgtm").model_dump(mode="json", by_alias=True)
@@ -178,7 +178,7 @@ def test_most_methods_train_nothing_beside_the_student(data: Path, run: Run, met
     fit("distill", describe("small", entry, task, before), task, learner, run, before=before)
     beside = paths.companions("text", "small")
     assert [path.name for path in beside.iterdir()] == ["contents.json"]
-    assert json.loads((beside / "contents.json").read_text()) == {"models": [], "tables": []}
+    assert json.loads((beside / "contents.json").read_text()) == {"models": [], "evaluated": [], "tables": []}
     assert list(paths.models("text", ["small"])) == ["small"]
     assert read_description(paths.trained("text", "small")).rows == {"train": 66}
 
@@ -201,4 +201,4 @@ def test_a_teacher_says_what_it_began_with(data: Path, run: Run) -> None:
     assert (found.teacher, found.kind, found.name) == (None, "teacher", "next")
     assert found.sources == [project.PROVENANCE, *first[1].sources]
     assert found.rows == {"train": 66}
-    assert not paths.companions("text", "next").exists(), "a teacher has none"
+    assert [path.name for path in paths.companions("text", "next").iterdir()] == ["contents.json"], "a teacher has none"
