@@ -19,7 +19,6 @@ shapes. B = 1 gives order 2 and 3 the value 0, still attached to the graph. NaN 
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,12 +146,28 @@ def _widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.to(dtype), teacher.detach().to(dtype)
 
 
+def gradient_norms(terms: Mapping[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
+    """Norm of every term's gradient with respect to the embeddings (B, D), in float64 (card 5: weights follow it).
+
+    Networks are not touched, and the terms can still be differentiated.
+    """
+    found = {}
+    for name, term in terms.items():
+        (gradient,) = torch.autograd.grad(term, embedding, retain_graph=True)
+        found[name] = gradient.double().norm()
+    return found
+
+
 class Learner(Method):
     """The task's own objective + weighted losses of order 1, 2 and 3 towards a frozen source (card 3.6).
 
     Step one of the scheme (cross-structure) and step two (cross-resolution) are two students that differ in their
     source and in their resolution; `direct` is a student whose source is the teacher itself. With several processes
     the embeddings of the whole global batch are related to each other.
+
+    Beside each loss, `gradient/NAME_to_task` says how long the gradient of the weighted term is at the embeddings, as a
+    multiple of the task's (without a task, of the first term's), and `weight/NAME` which weight a share came to. Both
+    are 0 where what they are divided by is.
     """
 
     frozen = frozenset({"source"})
@@ -164,16 +179,18 @@ class Learner(Method):
         self.modules = {"student": student, "source": source}
         trained = list(student.parameters())
         ours, theirs = (task.features(network)[parameters.tap] for network in (student, source))
-        if ours != theirs and parameters.weights.points:
+        if ours != theirs and parameters.wanted("points"):
             projection = nn.Linear(ours, theirs, bias=False, device=run.device, dtype=run.dtype)
             self.modules["projection"] = projection
             trained += projection.parameters()
         self.streams = task.streams()
         task.optimize(self, "student", trained)
-        self._form = relations.choose(run.device)
+        self._form = "blocks"
+        if parameters.wanted("triplets"):
+            self._form = self.chosen["relations"] = relations.choose(run.device)
 
     def step(self, context: Context) -> Mapping[str, Tensor]:
-        weights, tap = self._parameters.weights, self._parameters.tap
+        wanted, tap = self._parameters.wanted, self._parameters.tap
         views = self._task.views(context)
         with torch.no_grad(), context.run.autocast():
             source = getattr(self.modules["source"](views.teacher), tap)
@@ -183,24 +200,47 @@ class Learner(Method):
             projection = self.modules.get("projection")
             projected = projection(embedding) if projection else embedding
         terms = {}
-        if weights.task:
+        if wanted("task"):
             terms["task"] = self._task.objective(output, views.target)
-        if weights.points:
+        if wanted("points"):
             terms["points"] = point_loss(projected, source, self._parameters.point_penalty)
-        if weights.pairs or weights.triplets:
-            embedding, source = context.run.gather(embedding), context.run.gather(source)
+        if wanted("pairs") or wanted("triplets"):
+            every, theirs = context.run.gather(embedding), context.run.gather(source)
             found = relation_losses(
-                embedding,
-                source,
-                pairs=bool(weights.pairs),
-                triplets=bool(weights.triplets),
+                every,
+                theirs,
+                pairs=wanted("pairs"),
+                triplets=wanted("triplets"),
                 form=self._form,
-                vertices=self._vertices(len(source), context),
+                vertices=self._vertices(len(theirs), context),
             )
             named = zip(("pairs", "triplets"), found, strict=True)
-            terms |= {name: term for name, term in named if getattr(weights, name)}
-        context.update("student", {name: getattr(weights, name) * term for name, term in terms.items()})
-        return {f"loss/{name}": term for name, term in terms.items()}
+            terms |= {name: term for name, term in named if wanted(name)}
+        weights, figures = self._weigh(terms, embedding, context)
+        context.update("student", {name: weights[name] * term for name, term in terms.items()})
+        return {**{f"loss/{name}": term for name, term in terms.items()}, **figures}
+
+    def _weigh(
+        self, terms: Mapping[str, Tensor], embedding: Tensor, context: Context
+    ) -> tuple[dict[str, Tensor | float], dict[str, Tensor]]:
+        """The weight of every term, and figures about their gradients."""
+        if len(terms) < 2:
+            return {name: getattr(self._parameters.weights, name) for name in terms}, {}
+        squares = {name: norm.square() for name, norm in gradient_norms(terms, embedding).items()}
+        context.run.mean_(list(squares.values()))
+        norms = {name: square.sqrt() for name, square in squares.items()}
+        first, *others = terms
+        weights: dict[str, Tensor | float] = {first: getattr(self._parameters.weights, first)}
+        reference, figures = weights[first] * norms[first], {}
+        for name in others:
+            share = getattr(self._parameters.shares, name)
+            if share is None:
+                weights[name] = getattr(self._parameters.weights, name)
+            else:
+                weight = _ratio(share * reference, norms[name])
+                weights[name] = figures[f"weight/{name}"] = weight.to(context.run.dtype)
+            figures[f"gradient/{name}_to_{first}"] = _ratio(weights[name] * norms[name], reference)
+        return weights, figures
 
     def _vertices(self, count: int, context: Context) -> Tensor | None:
         """Some samples of the global batch, the same in every process; None where all are to be taken."""
@@ -210,9 +250,8 @@ class Learner(Method):
         generator = torch.Generator().manual_seed(derive_seed(self._task.seed, "vertices", context.step))
         return torch.randperm(count, generator=generator)[:wanted].to(context.run.device)
 
-    def state(self) -> dict[str, Any]:
-        """The form of relations: another one gives other bits, which a training that goes on must not."""
-        return {"form": self._form}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._form = state["form"]
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """0 where what is below is 0."""
+    zero = below == 0
+    return torch.where(zero, 0, above / torch.where(zero, 1, below))

@@ -1,4 +1,8 @@
-"""Triplets on processors: one compiled loop over vertex and pair, each pair once, in parallel over vertices."""
+"""Triplets on processors: one compiled loop over vertex and pair, vertices shared out between threads."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import repeat
 
 import numba
 import numpy as np
@@ -7,52 +11,56 @@ from torch import Tensor
 
 from stages.relations import Geometry, Walk
 
+SMALLEST = 2**21  # triplets for which another thread is worth its start
+
 
 def walk(ours: Geometry, theirs: Geometry, vertices: Tensor, fused: bool) -> Walk:
-    """See `Walk`. The parts that threads sum up depend on torch's number of threads, not on numba's."""
-    parts = torch.get_num_threads()
-    numba.set_num_threads(min(parts, numba.config.NUMBA_NUM_THREADS))
+    """See `Walk`. What is summed up by itself depends on torch's number of threads and on the shapes alone."""
     count = len(ours.squares)
-    by_edge, by_side = (np.zeros((count, count), ours.squares.numpy().dtype) for _ in range(2))
-    opposite = np.zeros((parts, count, count), by_edge.dtype)
-    totals = np.zeros(len(vertices))
-    arrays = [array.numpy() for array in (*ours, *theirs, vertices)]
-    _walk(*arrays, by_edge, by_side, opposite, totals)
-    summed = opposite.sum(0, dtype=np.float64)
-    # The cosine of a direction with itself is 1, or 0 where there is no direction.
-    itself = (arrays[1] > 0) != (arrays[3] > 0)
-    total = totals.sum() + itself[arrays[4]].sum() / 2
-    results = (total, by_edge.astype(np.float64), by_side.astype(np.float64), summed + summed.T)
-    return tuple(torch.as_tensor(array) for array in results)  # type: ignore[return-value]
+    parts = max(1, min(torch.get_num_threads(), len(vertices) * count**2 // SMALLEST))
+    arrays = [array.numpy() for array in (*ours, *theirs)]
+    by_edge, by_side = (np.zeros((count, count), arrays[0].dtype) for _ in range(2))
+    opposite = np.zeros((parts, count, count), arrays[0].dtype)
+    totals = np.zeros(count)
+    shares = [vertices.numpy()[part::parts] for part in range(parts)]
+    results = by_edge, by_side, opposite, totals
+    if parts == 1:
+        _walk(*arrays, shares[0], *results, 0)
+    else:
+        list(_threads(parts).map(_walk, *map(repeat, arrays), shares, *map(repeat, results), range(parts)))
+    found = (totals.sum(), by_edge, by_side, opposite.sum(0, dtype=np.float64))
+    return tuple(torch.as_tensor(array, dtype=torch.float64) for array in found)  # type: ignore[return-value]
 
 
-@numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _walk(squares, inverse, theirs, their_inverse, vertices, by_edge, by_side, opposite, totals):  # type: ignore[no-untyped-def]
-    count, parts = len(squares), len(opposite)
-    half = squares.dtype.type(0.5)
-    one = squares.dtype.type(1)
-    for part in numba.prange(parts):
-        for place in range(part, len(vertices), parts):
-            a = vertices[place]
-            total = 0.0
-            for b in range(count - 1):
-                d, r, their_d, their_r = squares[a, b], half * inverse[a, b], theirs[a, b], half * their_inverse[a, b]
-                loss = edge = side = squares.dtype.type(0)
-                for c in range(b + 1, count):
-                    scale = r * inverse[a, c]
-                    cosine = (d + squares[a, c] - squares[b, c]) * scale
-                    their_cosine = (their_d + theirs[a, c] - theirs[b, c]) * (their_r * their_inverse[a, c])
-                    differ = cosine - their_cosine
-                    clipped = one if differ > one else (-one if differ < -one else differ)
-                    loss += clipped * (differ - half * clipped)
-                    weight = (clipped + clipped) * scale
-                    product = clipped * cosine
-                    edge += weight
-                    side += product
-                    by_edge[a, c] += weight
-                    by_side[a, c] += product
-                    opposite[part, b, c] += weight
-                by_edge[a, b] += edge
-                by_side[a, b] += side
-                total += 2 * loss
-            totals[place] = total
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Threads of our own: those of a second OpenMP would spin against torch's."""
+    return ThreadPoolExecutor(count, "relations")
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _walk(squares, inverse, theirs, their_inverse, vertices, by_edge, by_side, opposite, totals, part):  # type: ignore[no-untyped-def]
+    count = len(squares)
+    half, one, zero = squares.dtype.type(0.5), squares.dtype.type(1), squares.dtype.type(0)
+    for a in vertices:
+        # Rows of their own, from 0: an index that might be negative keeps the inner loop from using vectors.
+        of_a, inverse_of_a, theirs_of_a, their_inverse_of_a = squares[a], inverse[a], theirs[a], their_inverse[a]
+        total = 0.0
+        for b in range(count):
+            of_b, theirs_of_b, across = squares[b], theirs[b], opposite[part, b]
+            d, r, their_d, their_r = of_a[b], half * inverse_of_a[b], theirs_of_a[b], half * their_inverse_of_a[b]
+            loss = edge = side = zero
+            for c in range(count):
+                scale = r * inverse_of_a[c]
+                cosine = (d + of_a[c] - of_b[c]) * scale
+                differ = cosine - (their_d + theirs_of_a[c] - theirs_of_b[c]) * (their_r * their_inverse_of_a[c])
+                clipped = one if differ > one else (-one if differ < -one else differ)
+                loss += clipped * (differ - half * clipped)
+                weight = (clipped + clipped) * scale
+                edge += weight
+                side += clipped * cosine
+                across[c] += weight
+            by_edge[a, b] = edge
+            by_side[a, b] = side
+            total += loss
+        totals[a] = total
