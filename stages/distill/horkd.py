@@ -147,14 +147,14 @@ def _widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_norms(terms: Mapping[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
-    """Norm of every term's gradient with respect to the embeddings (B, D), in float64 (card 5: weights follow it).
+    """Norm of every term's gradient with respect to the embeddings (B, D), float32 or wider (card 5: weights by norms).
 
     Networks are not touched, and the terms can still be differentiated.
     """
     found = {}
     for name, term in terms.items():
         (gradient,) = torch.autograd.grad(term, embedding, retain_graph=True)
-        found[name] = gradient.double().norm()
+        found[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).norm()
     return found
 
 
@@ -237,8 +237,7 @@ class Learner(Method):
             if share is None:
                 weights[name] = getattr(self._parameters.weights, name)
             else:
-                weight = _ratio(share * reference, norms[name])
-                weights[name] = figures[f"weight/{name}"] = weight.to(context.run.dtype)
+                weights[name] = figures[f"weight/{name}"] = _ratio(share * reference, norms[name])
             figures[f"gradient/{name}_to_{first}"] = _ratio(weights[name] * norms[name], reference)
         return weights, figures
 

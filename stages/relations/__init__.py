@@ -58,7 +58,7 @@ def losses(
 
 def choose(device: torch.device) -> str:
     """The fastest form that a device and this installation have."""
-    wanted, needs = {"cpu": ("compiled", "numba"), "cuda": ("fused", "triton")}.get(device.type, ("blocks", "torch"))
+    wanted, needs = ("fused", "triton") if device.type == "cuda" else ("compiled", "numba")
     if importlib.util.find_spec(needs) is None:
         log.warning("%s is not installed: relations of triplets are compared more slowly", needs)
         return "blocks"
@@ -81,8 +81,8 @@ class _Losses(torch.autograd.Function):
                     gradient = 2 * (both.sum(1, keepdim=True) * centred - both @ centred)
                 else:
                     value, gradient = centred.new_zeros(()), torch.zeros_like(centred)
-                found.append(value.to(student.dtype))
-                slopes.append(gradient.to(student.dtype))
+                found.append(value.to(student))
+                slopes.append(gradient.to(student))
         ctx.save_for_backward(*slopes)
         return found[0], found[1]
 
@@ -94,7 +94,9 @@ class _Losses(torch.autograd.Function):
 
 
 def _centred(embeddings: Tensor) -> Tensor:
-    wide = embeddings.detach().double()
+    # Metal has no float64; what is related to each other is small.
+    device = torch.device("cpu") if embeddings.device.type == "mps" else embeddings.device
+    wide = embeddings.detach().to(device, torch.float64)
     return wide - wide.mean(0)
 
 
@@ -135,7 +137,8 @@ def _triplets(
     if dtype == torch.float32 and all(_spread(squares) > CLOSE for squares, _ in (ours, theirs)):
         ours, theirs = (Geometry(squares.float(), inverse.float()) for squares, inverse in (ours, theirs))
     count = len(ours.squares)
-    chosen = torch.arange(count, device=ours.squares.device) if vertices is None else vertices
+    device = ours.squares.device
+    chosen = torch.arange(count, device=device) if vertices is None else vertices.to(device)
     if form == "compiled":
         walk = importlib.import_module("stages.relations.compiled").walk
     else:
