@@ -17,8 +17,8 @@ in stages/distill/horkd.py.
 """
 
 import importlib
-import importlib.util
 import logging
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -58,11 +58,22 @@ def losses(
 
 def choose(device: torch.device) -> str:
     """The fastest form that a device and this installation have."""
-    wanted, needs = ("fused", "triton") if device.type == "cuda" else ("compiled", "numba")
-    if importlib.util.find_spec(needs) is None:
-        log.warning("%s is not installed: relations of triplets are compared more slowly", needs)
-        return "blocks"
-    return wanted
+    form = "fused" if device.type == "cuda" else "compiled"
+    try:
+        if form == "fused":
+            importlib.import_module("triton")
+        _module(form)
+    except ImportError as error:
+        log.warning("relations of triplets are compared more slowly (%s)", error)
+        form = "blocks"
+        _module(form)
+    return form
+
+
+def _module(form: str) -> ModuleType:
+    if form == "compiled":
+        return importlib.import_module("stages.relations.compiled")
+    return importlib.import_module("stages.relations.blocks")
 
 
 class _Losses(torch.autograd.Function):
@@ -139,11 +150,7 @@ def _triplets(
     count = len(ours.squares)
     device = ours.squares.device
     chosen = torch.arange(count, device=device) if vertices is None else vertices.to(device)
-    if form == "compiled":
-        walk = importlib.import_module("stages.relations.compiled").walk
-    else:
-        walk = importlib.import_module("stages.relations.blocks").walk
-    total, by_edge, by_side, opposite = walk(ours, theirs, chosen, form == "fused")
+    total, by_edge, by_side, opposite = _module(form).walk(ours, theirs, chosen, form == "fused")
     scale = 1 / (len(chosen) * count**2)
     slope = by_edge - by_side * ours.inverse.double() ** 2 - opposite / 2
     return scale * total, scale * slope

@@ -1,11 +1,17 @@
 """Relation losses of HORKD: an oracle in plain Python, then the properties of the method card's section 7."""
 
 import math
-from collections.abc import Callable, Sequence
+import shutil
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stages import relations
 from stages.distill.horkd import (
@@ -16,6 +22,7 @@ from stages.distill.horkd import (
     triplet_cosines,
     triplet_loss,
 )
+from stages.relations import blocks, compiled
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Rows = Sequence[Sequence[float]]
@@ -600,6 +607,114 @@ def test_nearly_equal_embeddings_cost_no_digits_in_float32(form: str) -> None:
         torch.testing.assert_close(
             found[1].double(), expected[1], rtol=1e-5, atol=1e-6 * float(expected[1].abs().max())
         )
+
+
+@pytest.mark.parametrize("vertices", [1, 3, 8, 13])
+def test_blocks_of_any_number_of_vertices_are_equal(vertices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property 13: one vertex at a time, a number that does not divide B, all, and more than there are."""
+    student, teacher = normal(8, 5, seed=1), normal(8, 6, seed=2)
+    expected = value_and_gradient(triplet_loss, student, teacher)
+    monkeypatch.setattr(blocks, "NUMBERS", vertices * 8**2)
+    found = value_and_gradient(fast("blocks", 3), student, teacher)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-9, atol=1e-15)
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_threads_share_out_vertices(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = normal(10, 5, seed=1), normal(10, 6, seed=2)
+    expected = value_and_gradient(triplet_loss, student, teacher)
+    monkeypatch.setattr(compiled, "SMALLEST", 1)
+    first, second = (value_and_gradient(fast("compiled", 3), student, teacher) for _ in range(2))
+    torch.testing.assert_close(first[0], expected[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(first[1], expected[1], rtol=1e-9, atol=1e-15)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_samples_are_alike_in_every_form(form: str, dtype: torch.dtype) -> None:
+    """Property 10; in float32 the cosine of a direction with itself is 1 but for rounding."""
+    student, teacher = normal(2, 3, seed=1, dtype=dtype).requires_grad_(), 100 * normal(2, 4, seed=2, dtype=dtype)
+    pairs, triplets = relation_losses(student, teacher, form=form)
+    assert pairs.item() == 0
+    assert triplets.item() < torch.finfo(dtype).eps ** 2
+    (gradient,) = torch.autograd.grad(pairs + triplets, student)
+    assert gradient.abs().max().item() < torch.finfo(dtype).eps
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [128, 256])
+def test_memory_grows_as_the_square_of_the_batch(form: str, size: int) -> None:
+    """Property 21. Neither B * B * D nor B * B * B numbers are ever held; tracemalloc counts arrays of numpy."""
+    student, teacher = normal(size, 32, seed=1).float().requires_grad_(), normal(size, 64, seed=2).float()
+    relation_losses(student, teacher, form=form)
+    tracemalloc.start()
+    try:
+        with Largest() as seen:
+            sum(relation_losses(student, teacher, form=form)).backward()  # type: ignore[union-attr]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert seen.elements <= max(size**2, blocks.NUMBERS)
+    assert peak < 60 * size**2
+    with Largest() as seen:
+        triplet_loss(student[:64], teacher[:64])
+    assert seen.elements == 64**3
+
+
+def test_without_numba_blocks_do_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "stages.relations.compiled")
+    form = relations.choose(torch.device("cpu"))
+    assert form == "blocks"
+    assert "compared more slowly (import of numba halted" in caplog.text
+    student, teacher = normal(9, 5, seed=1), normal(9, 6, seed=2)
+    found = value_and_gradient(fast(form, 3), student, teacher)
+    torch.testing.assert_close(found, value_and_gradient(triplet_loss, student, teacher), rtol=1e-9, atol=1e-15)
+
+
+def test_with_numba_the_loop_is_compiled() -> None:
+    assert relations.choose(torch.device("cpu")) == "compiled"
+    assert relations.choose(torch.device("mps")) == "compiled"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler of C++ on a processor")
+def test_the_form_of_gpus_is_equal_on_a_processor() -> None:
+    """Of two sizes of batch and of some vertices: what torch.compile has made serves them all."""
+    for size, vertices in ((20, None), (33, None), (33, torch.arange(7))):
+        student, teacher = normal(size, 5, seed=1), normal(size, 6, seed=2)
+        found, expected = (
+            value_and_gradient(
+                lambda v, u, form=form, vertices=vertices: relation_losses(v, u, form=form, vertices=vertices)[1],
+                student,
+                teacher,
+            )
+            for form in ("fused", "blocks")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-15)
 
 
 def test_what_is_not_asked_for_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The learners on a small prepared data set: what moves, what is skipped, what two networks see."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -295,17 +296,16 @@ def test_some_vertices_are_drawn_anew_and_alike_in_every_process(prepared: Path,
 
 
 def test_the_form_is_chosen_and_kept(prepared: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
     fast = learner("horkd", prepared, run)
     assert fast.chosen == {"relations": "compiled"}
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else find(name))
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "stages.relations.compiled")
     plain = learner("horkd", prepared, run)
     assert plain.chosen == {"relations": "blocks"}
     assert learner("horkd", prepared, run, weights={"triplets": 0.0}).chosen == {}
-    steps(fast, run, 2)
     steps(plain, run, 2)
+    monkeypatch.undo()
+    steps(fast, run, 2)
     for name, tensor in weights(plain.student).items():
         torch.testing.assert_close(weights(fast.student)[name], tensor, rtol=1e-4, atol=1e-6)
 
