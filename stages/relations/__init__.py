@@ -82,8 +82,9 @@ class _Losses(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor, pairs: bool, triplets: bool, form: str, vertices: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(student.device.type, enabled=False):
+            theirs = geometry(_centred(teacher))
             centred = _centred(student)
-            ours, theirs = geometry(centred), geometry(_centred(teacher))
+            ours = geometry(centred)
             found, slopes = [], []
             for wanted, compare in ((pairs, _pairs), (triplets, _triplets)):
                 if wanted and len(student) > 1:
@@ -107,38 +108,45 @@ class _Losses(torch.autograd.Function):
 def _centred(embeddings: Tensor) -> Tensor:
     # Metal has no float64; what is related to each other is small.
     device = torch.device("cpu") if embeddings.device.type == "mps" else embeddings.device
-    wide = embeddings.detach().to(device, torch.float64)
-    return wide - wide.mean(0)
+    wide = embeddings.detach().to(device, torch.float64, copy=True)
+    return wide.sub_(wide.mean(0))
 
 
 def geometry(centred: Tensor) -> Geometry:
     """Of (B, D) float64 embeddings with mean 0."""
-    gram = centred @ centred.T
-    lengths = gram.diagonal()
+    squares = centred @ centred.T
+    lengths = squares.diagonal().clone()
     total = lengths[:, None] + lengths
-    squares = (total - 2 * gram).clamp_min(0)
-    near = (squares <= NEAR * total).triu(1).nonzero()
+    squares.mul_(-2).add_(total).clamp_min_(0)
+    near = (squares <= total.mul_(NEAR)).triu(1).nonzero()
     if len(near):
         first, second = near.T
         squares[first, second] = squares[second, first] = (centred[first] - centred[second]).square().sum(1)
     squares.fill_diagonal_(0)
-    return Geometry(squares, torch.where(squares == 0, 0, squares.rsqrt()))
+    return Geometry(squares, squares.rsqrt().masked_fill_(squares == 0, 0))
 
 
 def _pairs(ours: Geometry, theirs: Geometry, form: str, vertices: Any, dtype: Any) -> tuple[Tensor, Tensor]:
     """L2, and S of it."""
     count = len(ours.squares)
-    distances, means = [], []
-    for squares in (ours.squares, theirs.squares):
-        distances.append(squares.sqrt())
-        mean = distances[-1].sum() / (count * (count - 1))
-        means.append(torch.where(mean == 0, 1, mean))
-    (own, _), (mean, _) = distances, means
-    differ = own / mean - distances[1] / means[1]
+    (own, mean), (other, their_mean) = (_distances(squares) for squares, _ in (ours, theirs))
+    differ = (own / mean).sub_(other.div_(their_mean))
     clipped = differ.clamp(-1, 1)
-    value = (clipped * (differ - clipped / 2)).sum() / count**2
-    by_mean = (clipped * own).sum() / mean**2 / (count * (count - 1))
-    return value, (clipped / mean - by_mean) * ours.inverse / (2 * count**2)
+    value = (_sum(clipped, differ) - _sum(clipped, clipped) / 2) / count**2
+    by_mean = _sum(clipped, own) / mean**2 / (count * (count - 1))
+    return value, clipped.div_(mean).sub_(by_mean).mul_(ours.inverse).div_(2 * count**2)
+
+
+def _distances(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """d, and mu; 1 where that is 0."""
+    distances = squares.sqrt()
+    mean = distances.sum() / (len(squares) * (len(squares) - 1))
+    return distances, torch.where(mean == 0, 1, mean)
+
+
+def _sum(left: Tensor, right: Tensor) -> Tensor:
+    """Of products, without an array of them."""
+    return torch.dot(left.flatten(), right.flatten())
 
 
 def _triplets(
@@ -152,8 +160,8 @@ def _triplets(
     chosen = torch.arange(count, device=device) if vertices is None else vertices.to(device)
     total, by_edge, by_side, opposite = _module(form).walk(ours, theirs, chosen, form == "fused")
     scale = 1 / (len(chosen) * count**2)
-    slope = by_edge - by_side * ours.inverse.double() ** 2 - opposite / 2
-    return scale * total, scale * slope
+    slope = by_edge.sub_(by_side.mul_(ours.inverse).mul_(ours.inverse)).sub_(opposite.div_(2))
+    return scale * total, slope.mul_(scale)
 
 
 def _spread(squares: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def walk(ours: Geometry, theirs: Geometry, vertices: Tensor, fused: bool) -> Wal
     count = len(ours.squares)
     parts = max(1, min(torch.get_num_threads(), len(vertices) * count**2 // SMALLEST))
     arrays = [array.numpy() for array in (*ours, *theirs)]
-    by_edge, by_side = (np.zeros((count, count), arrays[0].dtype) for _ in range(2))
+    by_edge, by_side = (np.zeros((count, count)) for _ in range(2))
     opposite = np.zeros((parts, count, count), arrays[0].dtype)
     totals = np.zeros(count)
     shares = [vertices.numpy()[part::parts] for part in range(parts)]
@@ -29,7 +29,7 @@ def walk(ours: Geometry, theirs: Geometry, vertices: Tensor, fused: bool) -> Wal
     else:
         list(_threads(parts).map(_walk, *map(repeat, arrays), shares, *map(repeat, results), range(parts)))
     found = (totals.sum(), by_edge, by_side, opposite.sum(0, dtype=np.float64))
-    return tuple(torch.as_tensor(array, dtype=torch.float64) for array in found)  # type: ignore[return-value]
+    return tuple(torch.as_tensor(array) for array in found)  # type: ignore[return-value]
 
 
 @cache
