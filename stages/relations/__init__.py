@@ -158,9 +158,8 @@ def _triplets(
     count = len(ours.squares)
     device = ours.squares.device
     chosen = torch.arange(count, device=device) if vertices is None else vertices.to(device)
-    total, by_edge, by_side, opposite = _module(form).walk(ours, theirs, chosen, form == "fused")
+    total, slope = _module(form).walk(ours, theirs, chosen, form == "fused")
     scale = 1 / (len(chosen) * count**2)
-    slope = by_edge.sub_(by_side.mul_(ours.inverse).mul_(ours.inverse)).sub_(opposite.div_(2))
     return scale * total, slope.mul_(scale)
 
 
@@ -169,6 +168,7 @@ def _spread(squares: Tensor) -> Tensor:
     return torch.where(squares == 0, torch.inf, squares).amin() / squares.amax()
 
 
-Walk = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Over vertices a, and b and c: the sum of h; sum_c w r_ab r_ac (B, B); sum_c w C (B, B); sum_a w r_ab r_ac (B, B);
-float64, with r the inverse distances, rows of vertices that were not chosen 0."""
+Walk = tuple[Tensor, Tensor]
+"""Over vertices a, and b and c, with r the inverse distances and w r r short for w_abc r_ab r_ac: the sum of h; and
+(B, B) S, that is sum_c w r r - r_ab^2 sum_c w C in row a, less half of sum_a w r r; float64.
+"""

@@ -15,32 +15,31 @@ NUMBERS_OF_GPU = 2**24
 def walk(ours: Geometry, theirs: Geometry, vertices: Tensor, fused: bool) -> Walk:
     """See `Walk`."""
     count = len(ours.squares)
-    by_edge, by_side, opposite = (torch.zeros_like(ours.squares, dtype=torch.float64) for _ in range(3))
-    total = by_edge.new_zeros(())
+    slope = torch.zeros_like(ours.squares, dtype=torch.float64)
+    total = slope.new_zeros(())
     limit = NUMBERS if ours.squares.device.type == "cpu" else NUMBERS_OF_GPU
     block = _fused() if fused else _block
     for rows in vertices.split(max(1, limit // count**2)):
-        loss, edge, side, across = block(*ours, *theirs, rows)
+        loss, edges, opposite = block(*ours, *theirs, rows)
         total += loss
-        by_edge[rows] = edge.double()
-        by_side[rows] = side.double()
-        opposite += across
-    return total, by_edge, by_side, opposite
+        slope[rows] += edges
+        slope -= opposite
+    return total, slope
 
 
 def _block(
     squares: Tensor, inverse: Tensor, theirs: Tensor, their_inverse: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What some vertices add: sum of h, rows of the edges' and the sides' sums, and to those of opposite sides."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What some vertices add: sum of h, to their rows of S, and what is taken from all of it."""
     cosines = _cosines(squares, inverse, rows)
     differ = cosines - _cosines(theirs, their_inverse, rows)
     weight = differ.clamp(-1, 1)
     loss = torch.linalg.vecdot(weight, differ).sum() - torch.linalg.vecdot(weight, weight).sum() / 2
-    side = torch.linalg.vecdot(weight, cosines)
     short = inverse[rows]
-    edge = short * torch.bmm(weight, short[:, :, None])[:, :, 0]
-    across = ((weight * short[:, :, None]) * short[:, None]).sum(0)
-    return loss.double(), edge, side, across.double()
+    edges = short * torch.bmm(weight, short[:, :, None])[:, :, 0]
+    edges -= short.square() * torch.linalg.vecdot(weight, cosines)
+    opposite = ((weight * short[:, :, None]) * short[:, None]).sum(0) / 2
+    return loss.double(), edges.double(), opposite
 
 
 def _cosines(squares: Tensor, inverse: Tensor, rows: Tensor) -> Tensor:
@@ -55,5 +54,5 @@ def _cosines(squares: Tensor, inverse: Tensor, rows: Tensor) -> Tensor:
 
 
 @cache
-def _fused() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _fused() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return torch.compile(_block, dynamic=True)

@@ -19,17 +19,18 @@ def walk(ours: Geometry, theirs: Geometry, vertices: Tensor, fused: bool) -> Wal
     count = len(ours.squares)
     parts = max(1, min(torch.get_num_threads(), len(vertices) * count**2 // SMALLEST))
     arrays = [array.numpy() for array in (*ours, *theirs)]
-    by_edge, by_side = (np.zeros((count, count)) for _ in range(2))
+    slope = np.zeros((count, count))
     opposite = np.zeros((parts, count, count), arrays[0].dtype)
     totals = np.zeros(count)
     shares = [vertices.numpy()[part::parts] for part in range(parts)]
-    results = by_edge, by_side, opposite, totals
+    results = slope, opposite, totals
     if parts == 1:
         _walk(*arrays, shares[0], *results, 0)
     else:
         list(_threads(parts).map(_walk, *map(repeat, arrays), shares, *map(repeat, results), range(parts)))
-    found = (totals.sum(), by_edge, by_side, opposite.sum(0, dtype=np.float64))
-    return tuple(torch.as_tensor(array) for array in found)  # type: ignore[return-value]
+    for of_part in opposite:
+        slope -= of_part
+    return torch.as_tensor(totals.sum()), torch.as_tensor(slope)
 
 
 @cache
@@ -39,7 +40,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _walk(squares, inverse, theirs, their_inverse, vertices, by_edge, by_side, opposite, totals, part):  # type: ignore[no-untyped-def]
+def _walk(squares, inverse, theirs, their_inverse, vertices, slope, opposite, totals, part):  # type: ignore[no-untyped-def]
     count = len(squares)
     half, one, zero = squares.dtype.type(0.5), squares.dtype.type(1), squares.dtype.type(0)
     for a in vertices:
@@ -56,11 +57,10 @@ def _walk(squares, inverse, theirs, their_inverse, vertices, by_edge, by_side, o
                 differ = cosine - (their_d + theirs_of_a[c] - theirs_of_b[c]) * (their_r * their_inverse_of_a[c])
                 clipped = one if differ > one else (-one if differ < -one else differ)
                 loss += clipped * (differ - half * clipped)
-                weight = (clipped + clipped) * scale
+                weight = clipped * scale  # half of w r r, as scale is
                 edge += weight
                 side += clipped * cosine
                 across[c] += weight
-            by_edge[a, b] = edge
-            by_side[a, b] = side
+            slope[a, b] = 2 * edge - inverse_of_a[b] ** 2 * side
             total += loss
         totals[a] = total
