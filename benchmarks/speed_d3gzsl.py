@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.timing import agree, seconds
 from models import zero_shot
 from stages.distill.d3gzsl import Learner, distribution_loss, embedding_loss, unit
 from stages.generators.cegzsl import class_loss, class_scores
@@ -37,7 +38,6 @@ from stages.training import Context, Run
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-SHORT = 0.02  # seconds; what takes less is repeated
 Call = Callable[[], Sequence[Tensor]]
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -105,29 +105,6 @@ def timed(calls: dict[str, Call], repetitions: int, clock: Callable[[], float]) 
         for name, side in sides.items():
             times[name].append(side())
     return times
-
-
-def seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """Of one call; the mean over several in a row where one is short."""
-    begun = clock()
-    call()
-    first = clock() - begun
-    if first > SHORT:
-        return first
-    count = int(SHORT / max(first, 1e-6)) + 1
-    begun = clock()
-    for _ in range(count):
-        call()
-    return (clock() - begun) / count
-
-
-def agree(calls: dict[str, Call], relative: float) -> None:
-    """Refuse to compare what does not compute the same; each value within a share of its largest number."""
-    expected = calls["ours"]()
-    for name in list(calls)[1:]:
-        for found, wanted in zip(calls[name](), expected, strict=True):
-            off = (found - wanted).abs().max().item()
-            assert off <= relative * wanted.abs().max().item(), f"{name} differs by {off:.2g}"
 
 
 def pair_by_pair(rows: Tensor, columns: Tensor, labels: Tensor) -> Tensor:

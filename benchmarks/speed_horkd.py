@@ -27,9 +27,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from speed_d3gzsl import CLOCKS, Call, agree, timed
 from torch import Tensor
 
+from benchmarks.speed_d3gzsl import CLOCKS, Call, timed
+from benchmarks.timing import agree
 from models.recognition import build
 from stages.distill.horkd import point_loss, relation_losses
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from data.errors import UserError
-from data.files import sha256
+from data.files import digest, sha256
 from pipelines.gates import DESCRIPTION, ONNX, RECORD, evaluated, record_header, tampering
 from pipelines.versions import task_module
 from stages import paths
@@ -127,7 +127,7 @@ def best(found: list[Candidate]) -> Candidate:
     return min(
         found,
         key=lambda one: (
-            -len(one.description["interface"]["classes"]),
+            -len(one.description["interface"].get("classes", ())),
             -one.validation,
             one.description["parameters"],
             one.name,
@@ -151,6 +151,16 @@ def digest_of_test(manifest: pd.DataFrame) -> str:
     columns = [name for name in rows.columns if name in ("id", "label", "score") or name.endswith("sha256")]
     text = rows[columns].to_csv(index=False, lineterminator="\n")
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_question(task: str, dataset: str, parameters: Parameters) -> str:
+    """`digest_of_test` of a prepared data set; where models are tested by acting, also of where and how they act."""
+    samples = digest_of_test(manifest(task, dataset))
+    settings = {name: getattr(parameters.tasks[task], name) for name in task_module(task).TESTED}
+    if not settings:
+        return samples
+    environment = read_json(paths.prepared(task, dataset) / "dataset.json")["environment"]
+    return digest({"samples": samples, "environment": environment, "settings": settings})
 
 
 def manifest(task: str, dataset: str) -> pd.DataFrame:

@@ -20,6 +20,8 @@ from stages.scores import Scores, bootstrap, comparable
 WEIGHTS, ONNX, DESCRIPTION, RECORD = "weights.safetensors", "model.onnx", "model.json", "record.jsonl"
 # Bounds and shares are sums of tenths and hundredths in floating point: a tie is a pass.
 ROUNDING = 1e-9
+# What callers of a policy rely on, of its interface and of its network.
+ACTING, DECIDING = ("observations", "actions", "environment"), ("window", "goals", "experts")
 
 
 @dataclass(frozen=True)
@@ -177,12 +179,17 @@ def latency(
 
 
 def interface(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What a caller relies on: name, shape and type of the input, how many texts it is, what the answers mean."""
-    described = description["interface"]
+    """What a caller relies on: name, shape and type of the input, how many texts it is, what the answers mean.
+
+    Of a policy also where it acts, how much of the past it may be shown, and how many experts may be switched off. How
+    it scales what goes in and out is its own affair.
+    """
+    described, network = description["interface"], description.get("network", {})
     return {
         "input": description["input"],
         "classes": described.get("classes"),
-        **{name: described[name] for name in ("pair", "seen") if name in described},
+        **{name: described[name] for name in ("pair", "seen", *ACTING) if name in described},
+        **{name: network[name] for name in DECIDING if name in network},
     }
 
 
@@ -195,7 +202,8 @@ def signature(ours: Mapping[str, Any], champions: Mapping[str, Any], champion: s
     changed = [key for key in sorted({*ours, *champions}) if ours.get(key) != champions.get(key)]
     figures: dict[str, Any] = {"ours": dict(ours), "champion": dict(champions)}
     if not changed:
-        return Check("signature", True, f"input and labels are those of {champion}", figures)
+        answers = "labels" if ours.get("classes") else "answers"
+        return Check("signature", True, f"input and {answers} are those of {champion}", figures)
     if "seen" in ours and "seen" in champions and set(changed) <= {"classes", "seen"}:
         return _more_labels(ours, champions, champion, figures)
     found = "; ".join(f"{key}: {champions.get(key)} of {champion}, now {ours.get(key)}" for key in changed)

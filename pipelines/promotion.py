@@ -14,7 +14,7 @@ import pandas as pd
 from data.errors import UserError
 from data.files import sha256
 from pipelines import decisions, gates, tracking
-from pipelines.candidates import digest_of_test, gates_of, manifest, origin, read_json, samples_of_test, weights
+from pipelines.candidates import digest_of_question, gates_of, origin, read_json, samples_of_test, weights
 from pipelines.gates import Check
 from pipelines.versions import (
     CHALLENGER,
@@ -137,7 +137,7 @@ def examine(
     trained, exported = paths.trained(task, name), paths.exported(task, name)
     kept = stored(task, challenger.version)
     description = read_json(kept / gates.DESCRIPTION)
-    state, today = origin(), manifest(task, entry.dataset)
+    state, today = origin(), digest_of_question(task, entry.dataset, parameters)
     samples = samples_of_test(task, name)
     registered = {"weights_sha256": challenger.tags["weights_sha256"]}
     for file, tag in served(task).items():
@@ -191,28 +191,31 @@ def _champion(
     ours: Scores,
     champion: "ModelVersion | None",
     settings: Gates,
-    today: pd.DataFrame,
+    today: str,
 ) -> Check:
-    """Against the champion, on the same test samples: on today's, if they moved since it was registered."""
+    """Against the champion, on the same test samples: on today's, if they moved since it was registered.
+
+    Args:
+        today: `digest_of_question`.
+    """
     if champion is None:
         return Check("champion", True, "there is no champion yet", {})
     label = f"version {champion.version} ({champion.tags['student']})"
     kept = stored(task, champion.version)
     if said := changed(champion, kept):
         return Check("champion", False, f"{label}: {said} · `python -m pipelines.registry rollback {task}`")
-    digest = digest_of_test(today)
-    moved = digest != champion.tags["test_sha256"]
+    moved = today != champion.tags["test_sha256"]
     if moved:
         try:
             description = read_json(kept / gates.DESCRIPTION)
             table = task_module(task).evaluate(kept, description, paths.prepared(task, dataset))
         except Exception as error:  # whatever ONNX Runtime says about data of another kind
             said = f"{label} cannot answer today's test data: {type(error).__name__}: {str(error)[:300]}"
-            return Check("champion", False, said, {"test_sha256": digest, "registered": champion.tags["test_sha256"]})
+            return Check("champion", False, said, {"test_sha256": today, "registered": champion.tags["test_sha256"]})
     else:
         table = pd.read_csv(kept / SAMPLES, dtype={"id": str}, keep_default_na=False, na_values=[""])
     check = gates.not_worse("champion", ours, scores(task, table, settings.metric), label, settings)
-    figures = {**check.figures, "test_sha256": digest, "evaluated_again": moved}
+    figures = {**check.figures, "test_sha256": today, "evaluated_again": moved}
     sentence = check.sentence + "; the champion was evaluated again, because the test data moved" * moved
     return Check(check.name, check.passed, sentence, figures)
 

@@ -26,9 +26,8 @@ from pipelines.candidates import (
     Candidate,
     best,
     candidates,
-    digest_of_test,
+    digest_of_question,
     gates_of,
-    manifest,
     origin,
     read_json,
     samples_of_test,
@@ -78,7 +77,7 @@ def register(task: str) -> None:
         for candidate in found:
             own = key(task, _digests(task, candidate.description))
             if new := own not in known:
-                known[own] = _register(client, task, candidate, settings.metric)
+                known[own] = _register(client, task, candidate, settings.metric, parameters)
             version = known[own]
             mark = f", {CHALLENGER}" if candidate is chosen else ""
             print(
@@ -120,7 +119,9 @@ def show(task: str) -> None:
         print(f"record: {records[-1].with_suffix('.md')}")
 
 
-def _register(client: "MlflowClient", task: str, candidate: Candidate, metric: str) -> "ModelVersion":
+def _register(
+    client: "MlflowClient", task: str, candidate: Candidate, metric: str, parameters: Parameters
+) -> "ModelVersion":
     """A new version, with its files and tags."""
     import mlflow
 
@@ -145,7 +146,7 @@ def _register(client: "MlflowClient", task: str, candidate: Candidate, metric: s
             pip_requirements=_requirements(module.REQUIREMENTS),
             metadata={"request": module.REQUEST, **gates.interface(description)},
         )
-    tags = _tags(task, candidate, metric)
+    tags = _tags(task, candidate, metric, parameters)
     run = _run(client, experiment, candidate.stage)
     if run:
         tags["run"] = run
@@ -160,7 +161,7 @@ def _register(client: "MlflowClient", task: str, candidate: Candidate, metric: s
     )
 
 
-def _tags(task: str, candidate: Candidate, metric: str) -> dict[str, str]:
+def _tags(task: str, candidate: Candidate, metric: str, parameters: Parameters) -> dict[str, str]:
     description, made = candidate.description, origin()
     teacher = description["teacher"] or {"name": "none", "weights_sha256": "none"}
     sources = description["sources"]
@@ -173,7 +174,7 @@ def _tags(task: str, candidate: Candidate, metric: str) -> dict[str, str]:
         "teacher_sha256": teacher["weights_sha256"],
         "dataset": description["dataset"]["name"],
         "data_sha256": description["dataset"]["digest"],
-        "test_sha256": digest_of_test(manifest(task, description["dataset"]["name"])),
+        "test_sha256": digest_of_question(task, description["dataset"]["name"], parameters),
         "metric": metric,
         "validation": f"{candidate.validation:.6g}",
         "parameters": str(description["parameters"]),

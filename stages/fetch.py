@@ -1,4 +1,7 @@
-"""Fetch a source: out of wheels, from a URL or from a folder, and only if it is what params.yaml pins."""
+"""Fetch a source: out of wheels, from a URL or from a folder, and only if it is what params.yaml pins.
+
+A source of kind `none` is a note.
+"""
 
 import http.client
 import os
@@ -16,7 +19,7 @@ from data.errors import UserError
 from data.files import expand_path, new_directory, sha256, tree_digest
 from stages import command, paths
 from stages.parameters import load, select
-from stages.parameters.shared import Folder, PartsSource, Url, Wheel, Wheels
+from stages.parameters.shared import Folder, Nothing, PartsSource, Url, Wheel, Wheels
 
 
 def main(key: str) -> None:
@@ -44,6 +47,8 @@ def _fetch(key: str, where: str, source: object, output: Path) -> None:
             _url(key, where, source, output)
         case Folder():
             _folder(key, where, source, output)
+        case Nothing():
+            (output / "note.txt").write_text("Nothing was fetched: the data are made from rules.\n", encoding="utf-8")
 
 
 def _wheels(key: str, where: str, source: Wheels, output: Path) -> None:

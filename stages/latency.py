@@ -10,7 +10,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ def main(key: str) -> None:
                 network, description = load_model(paths.trained(key, name))
                 inputs, _ = task.inputs(paths.prepared(key, entry.dataset), description)
                 file = Path(folder) / f"{name}.onnx"
-                write_onnx(task.Graph(network), inputs[:2], task.INPUT, task.OUTPUTS, task.AXES, file)
+                example = {given: array[:2] for given, array in inputs.items()}
+                write_onnx(task.Graph(network), example, task.OUTPUTS, task.AXES, file)
                 measured[name] = _measure(file, inputs, threads, description.parameters)
         for name, export in exports.items():
             description = read_description(paths.trained(key, name))
@@ -72,15 +73,15 @@ def main(key: str) -> None:
         print(f"{name:30s} {values['parameters']:>10,} parameters {values['bytes']:>12,} bytes  {', '.join(cells)}")
 
 
-def _measure(file: Path, inputs: np.ndarray, threads: int, parameters: int) -> dict[str, Any]:
+def _measure(file: Path, inputs: Mapping[str, np.ndarray], threads: int, parameters: int) -> dict[str, Any]:
     runtime = session(file, threads)
-    name = runtime.get_inputs()[0].name
     latency = {}
-    numbers = inputs[0].size + sum(output.size for output in runtime.run(None, {name: inputs[:1]}))
+    one = {name: array[:1] for name, array in inputs.items()}
+    numbers = sum(array.size for array in [*one.values(), *runtime.run(None, one)])
     for batch in BATCHES:
         if batch > 1 and batch * numbers > NUMBERS:
             continue
-        feed = {name: np.resize(inputs, (batch, *inputs.shape[1:]))}
+        feed = {name: np.resize(array, (batch, *array.shape[1:])) for name, array in inputs.items()}
         run = partial(runtime.run, None, feed)
         _times(run, WARM_UP, 0)
         p50, p95 = np.percentile(times := _times(run, LEAST, SECONDS), (50, 95))

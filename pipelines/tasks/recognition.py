@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FILES: dict[str, str] = {}
 REQUIREMENTS: tuple[str, ...] = ()
+TESTED: tuple[str, ...] = ()
 REQUEST = '{"inputs": [IMAGE, ...]}, an image being nested lists of pixels from 0 to 255'
 COLUMNS = ["id", "label", "prediction", "correct", "same_class_rank"]
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FILES: dict[str, str] = {}
 REQUIREMENTS: tuple[str, ...] = ()
+TESTED: tuple[str, ...] = ()
 REQUEST = '{"inputs": [IMAGE, ...]}, an image being nested lists (3, H, W) of pixels from 0 to 255'
 BATCH = 8
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer.json"
 FILES = {TOKENIZER: "tokenizer_sha256"}
 REQUIREMENTS = ("tokenizers",)
+TESTED: tuple[str, ...] = ()
 REQUEST = '{"inputs": [TEXT, ...]}, a text being a string, or ["the first", "the second"] where the student reads pairs'
 EXAMPLE = ["A sentence of seven words, and more.", "A second one!"]
 

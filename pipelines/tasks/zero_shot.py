@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FILES: dict[str, str] = {}
 REQUIREMENTS: tuple[str, ...] = ()
+TESTED: tuple[str, ...] = ()
 REQUEST = (
     '{"inputs": [SAMPLE, ...]}, a sample being nested lists of pixels from 0 to 255 where the student has its encoder '
     "inside, and a list of features where it has none"

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from data.errors import UserError
 from data.files import new_directory, sha256, write_json
 from models.artifacts import Description, load_model
 from stages import command, paths
-from stages.export.onnx_graph import FILE, session, write_onnx
+from stages.export.onnx_graph import FILE, differences, session, write_onnx
 from stages.parameters import load, select
 
 # The most that goes through both graphs at once: samples, and numbers in them.
@@ -33,7 +34,7 @@ def main(key: str) -> None:
     inputs, target = task.inputs(prepared, description)
     files = travelling(task, description, prepared)
     with new_directory(paths.exported(settings.task, key)) as output:
-        write_onnx(graph, inputs[:2], task.INPUT, task.OUTPUTS, task.AXES, output / FILE)
+        write_onnx(graph, {name: array[:2] for name, array in inputs.items()}, task.OUTPUTS, task.AXES, output / FILE)
         difference, metric, shapes = compare(task, session(output / FILE, settings.threads), graph, inputs, target)
         if not all(value <= settings.tolerance for value in difference.values()):
             raise UserError(
@@ -42,19 +43,23 @@ def main(key: str) -> None:
             )
         for file in files:
             shutil.copyfile(file, output / file.name)
-        fixed = inputs.shape[len(task.AXES) :]
+        first, *further = (
+            {"name": name, "shape": [*axes, *array.shape[len(axes) :]], "dtype": str(array.dtype)}
+            for (name, array), axes in zip(inputs.items(), [task.AXES, *[task.AXES[:1]] * len(inputs)], strict=False)
+        )
         write_json(
             output / "model.json",
             {
                 **dataclasses.asdict(description),
                 "onnx_sha256": sha256(output / FILE),
-                "input": {"name": task.INPUT, "shape": [*task.AXES, *fixed], "dtype": str(inputs.dtype)},
+                "input": first,
+                **({"further_inputs": further} if further else {}),
                 "outputs": [
                     {"name": name, "shape": ["batch", *shape[1:]], "dtype": dtype}
                     for name, (shape, dtype) in shapes.items()
                 ],
                 "parity": {
-                    "samples": len(inputs),
+                    "samples": len(target),
                     "largest_difference": {name: float(f"{value:.3g}") for name, value in difference.items()},
                     "metric": metric,
                 },
@@ -82,31 +87,38 @@ def travelling(task: ModuleType, description: Description, prepared: Path) -> li
 
 
 def compare(
-    task: ModuleType, runtime: Any, graph: nn.Module, inputs: np.ndarray, target: np.ndarray
+    task: ModuleType, runtime: Any, graph: nn.Module, inputs: Mapping[str, np.ndarray], target: np.ndarray
 ) -> tuple[dict[str, float], dict[str, float], dict[str, tuple[tuple[int, ...], str]]]:
     """The exported graph beside the network it was made of, batch by batch: outputs of dense tasks are large.
 
-    Where inputs have a dynamic length too, every batch goes in a second time, cut to half of it: the differences count,
-    the answers do not.
+    Where the first input has a dynamic length too, every batch goes in a second time, cut to half of it: the
+    differences count, the answers do not.
 
     Args:
-        runtime: an ONNX Runtime session. inputs: what goes into both. target: what the task's metric compares with.
+        runtime: an ONNX Runtime session. inputs: what goes into both, by name. target: what the task's metric compares
+            with.
 
     Returns:
         per output its largest absolute difference; the metric of both; per output the shape of a batch, and the dtype.
     """
-    batch = max(1, min(BATCH, NUMBERS // inputs[0].size))
-    differences, found = [], {"onnx": list[np.ndarray](), "pytorch": list[np.ndarray]()}
-    for start in range(0, len(inputs), batch):
-        part = inputs[start : start + batch]
-        for shown in [part[:, : part.shape[1] // 2], part] if len(task.AXES) > 1 else [part]:
-            ours = runtime.run(None, {task.INPUT: shown})
+    main, longest = next(iter(inputs)), max(array[0].size for array in inputs.values())
+    batch = max(1, min(BATCH, NUMBERS // longest))
+    apart, found = [], {"onnx": list[np.ndarray](), "pytorch": list[np.ndarray]()}
+    for start in range(0, len(target), batch):
+        whole = {name: array[start : start + batch] for name, array in inputs.items()}
+        # The whole comes last: its answers count.
+        shown = [whole]
+        if len(task.AXES) > 1:
+            half = max(getattr(graph, "shortest", 1), whole[main].shape[1] // 2)
+            shown = [{**whole, main: whole[main][:, :half]}, whole]
+        for fed in shown:
+            ours = runtime.run(None, fed)
             with torch.inference_mode():
-                theirs = [tensor.numpy() for tensor in graph(torch.from_numpy(shown))]
-            differences.append([float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)])
+                theirs = [tensor.numpy() for tensor in graph(*map(torch.from_numpy, fed.values()))]
+            apart.append(getattr(task, "differences", differences)(fed, ours, theirs))
         found["onnx"].append(task.answers(ours))
         found["pytorch"].append(task.answers(theirs))
-    largest = np.max(differences, axis=0)  # NaN stays NaN
+    largest = np.max(apart, axis=0)  # NaN stays NaN
     shapes = {name: (array.shape, str(array.dtype)) for name, array in zip(task.OUTPUTS, ours, strict=True)}
     return (
         dict(zip(task.OUTPUTS, largest.tolist(), strict=True)),

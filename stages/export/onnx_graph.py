@@ -1,6 +1,7 @@
 """From a network to an ONNX file, and ONNX Runtime sessions with stated threads."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +14,44 @@ FILE = "model.onnx"
 
 def write_onnx(
     graph: nn.Module,
-    example: np.ndarray,
-    input_name: str,
+    example: Mapping[str, np.ndarray],
     output_names: tuple[str, ...],
     axes: tuple[str, ...],
     path: Path,
 ) -> None:
-    """Export with a dynamic batch; all else is constant but the input's other `axes`, and that is no cause to warn.
+    """Export with a dynamic batch; all else is constant but other `axes` of the first input, without warnings.
 
     The exporter of TorchScript days is used on purpose: it takes 0.3 s where the newer one takes 5, and writes no
     stack traces, hence the same bytes on every machine.
 
     Args:
-        example: (B, ...). axes: names of the input's first dimensions, which are dynamic; the batch is the first.
+        example: what goes in, by name, (B, ...) each. axes: names of the first dimensions of the first input, which are
+            dynamic; the batch is the first.
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         torch.onnx.export(
             graph.eval(),
-            (torch.from_numpy(example),),
+            tuple(map(torch.from_numpy, example.values())),
             path,
             dynamo=False,
-            input_names=[input_name],
+            input_names=list(example),
             output_names=list(output_names),
             dynamic_axes={
-                input_name: dict(enumerate(axes)),
-                **{name: {0: axes[0]} for name in output_names},
+                **{name: {0: axes[0]} for name in (*example, *output_names)},
+                next(iter(example)): dict(enumerate(axes)),
             },
         )
+
+
+def differences(fed: Mapping[str, np.ndarray], ours: list[np.ndarray], theirs: list[np.ndarray]) -> list[float]:
+    """The largest absolute difference of each output.
+
+    Args:
+        fed: what went into both, for tasks that do it otherwise. ours, theirs: outputs in the same order.
+    """
+    return [float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True)]
 
 
 def session(path: Path, threads: int) -> Any:

@@ -31,12 +31,12 @@ class Graph(nn.Module):
         return output.logits, output.embedding
 
 
-def inputs(prepared: Path, description: Description) -> tuple[np.ndarray, np.ndarray]:
+def inputs(prepared: Path, description: Description) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The validation split as the graph takes it, float32 (N, C, r, r), and what the metric compares with."""
     _, images, labels = data.load(prepared, "validation")
     with torch.inference_mode():
         small = data.downsample(data.to_unit(images), description.interface["resolution"])
-    return small.numpy(), labels.numpy()
+    return {INPUT: small.numpy()}, labels.numpy()
 
 
 def answers(outputs: list[np.ndarray]) -> np.ndarray:

@@ -34,11 +34,11 @@ class Graph(nn.Module):
         return (models.upsample(self.network(images).logits, (int(height), int(width))),)
 
 
-def inputs(prepared: Path, description: Description) -> tuple[np.ndarray, np.ndarray]:
+def inputs(prepared: Path, description: Description) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The first images of the validation split as the graph takes them, float32 (N, 3, H, W), and their labels."""
     _, images, labels = data.load(prepared, "validation")
     some = max(1, min(IMAGES, NUMBERS // images[0].numel()))
-    return data.to_unit(images[:some]).numpy(), labels[:some].numpy()
+    return {INPUT: data.to_unit(images[:some]).numpy()}, labels[:some].numpy()
 
 
 def answers(outputs: list[np.ndarray]) -> np.ndarray:

@@ -30,10 +30,10 @@ class Graph(nn.Module):
         return (self.network(tokens).logits,)
 
 
-def inputs(prepared: Path, description: Description) -> tuple[np.ndarray, np.ndarray]:
+def inputs(prepared: Path, description: Description) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The validation split as the graph takes it, int64 (N, length) padded, and what the metric compares with."""
     _, tokens, labels = data.load(prepared, "validation")
-    return tokens.numpy(), labels.numpy()
+    return {INPUT: tokens.numpy()}, labels.numpy()
 
 
 def answers(outputs: list[np.ndarray]) -> np.ndarray:

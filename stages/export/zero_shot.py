@@ -31,13 +31,13 @@ class Graph(nn.Module):
         return output.logits, output.embedding
 
 
-def inputs(prepared: Path, description: Description) -> tuple[np.ndarray, np.ndarray]:
+def inputs(prepared: Path, description: Description) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The validation split as the graph takes it, float32 (N, C, s, s) or (N, D), and what the metric compares with."""
     if description.network["encoder"] is None:
         _, features, labels = data.load(prepared, "validation")
-        return features.numpy(), labels.numpy()
+        return {INPUT: features.numpy()}, labels.numpy()
     _, images, labels = data.load(prepared, "validation", "images")
-    return data.to_unit(images).numpy(), labels.numpy()
+    return {INPUT: data.to_unit(images).numpy()}, labels.numpy()
 
 
 def answers(outputs: list[np.ndarray]) -> np.ndarray:

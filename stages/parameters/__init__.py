@@ -19,7 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from data.errors import UserError, suggest
 from stages.parameters.shared import AnySource, Dataset, Export, Gates, Source, Student, Task, Teacher
 
-TASKS = ("recognition", "segmentation", "text", "zero_shot")
+TASKS = ("recognition", "segmentation", "text", "zero_shot", "policy")
 CODE = "code"  # where the code lies, for dvc.yaml alone
 SECTIONS = ("sources", "datasets", "teachers", "students", "exports", "tasks", "gates")
 PER_TASK = {"tasks": "Task", "gates": "Gates"}  # sections whose entries are named after tasks

@@ -84,6 +84,12 @@ class Folder(Section):
     tree_digest: Sha256
 
 
+class Nothing(Source):
+    """Nothing from outside: the data are made from rules of the task."""
+
+    kind: Literal["none"]
+
+
 class WheelSource(Source, Wheels):
     kind: Literal["wheel"]
 
@@ -103,7 +109,7 @@ class PartsSource(Source):
     parts: Annotated[list[Annotated[Wheels | Url | Folder, Field(discriminator="kind")]], Field(min_length=2)]
 
 
-AnySource = Annotated[WheelSource | UrlSource | FolderSource | PartsSource, Field(discriminator="kind")]
+AnySource = Annotated[WheelSource | UrlSource | FolderSource | PartsSource | Nothing, Field(discriminator="kind")]
 
 
 class Training(Section):

@@ -13,6 +13,7 @@ A task adds `stages/report/<task>.py`, which has
     METRICS         what stages/evaluate/<task>.py measures, in the order of the columns: {name: results.Metric}
     main_metric     the name of the one that models are compared by: main_metric(its data set in params.yaml) -> str;
                     stages/scores/<task>.py says what it is made from
+    BESIDE          another of them that stands beside it, on the test split, where a model has it; None otherwise
     PARITY          the one that exports are checked by: results.Metric
     relatives       methods of students that a model is compared with, the first in the table too, where it is the same
                     for all: relatives(model: results.Model) -> tuple[str, ...]

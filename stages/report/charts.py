@@ -1,8 +1,11 @@
-"""Drawings as SVG inside the page: lines over steps or strengths, who learns from whom. Colours come from the style."""
+"""Drawings as SVG inside the page: lines over steps or strengths, clouds of points, who learns from whom, ways past
+obstacles, shares over steps. Colours come from the style, but for those that a caller gives.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,6 +17,12 @@ WIDTH, HEIGHT = 360, 224
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 36
 # Side of a cloud of points, and how near to its edge they come.
 CLOUD, CLOUD_EDGE = 160, 5
+# Units of a drawing of the ground per metre.
+PER_METRE = 1000
+# Of an animation: steps per second, and the part of it at the end in which nothing moves.
+PACE, REST = 12.0, 0.15
+# Height of the strip under shares that says which of them was taken.
+STRIP = 5
 # About how wide a character is, in the text of charts and in bold.
 CHARACTER, BOLD = 6.8, 8.2
 SHARES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
@@ -208,6 +217,159 @@ def clouds(drawn: Sequence[Cloud], name: str) -> list[Html]:
         box = f"0 0 {CLOUD} {CLOUD}"
         found.append(tag("svg", *parts, viewBox=box, role="img", aria_label=cloud.description))
     return found
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A part of a plane seen from above, in metres.
+
+    Attributes:
+        low, high: its corners. discs: (N, 3) centre and radius of what is in the way. reach: how near to a disc's edge
+            a centre may not come. finish: the height to be reached.
+    """
+
+    low: tuple[float, float]
+    high: tuple[float, float]
+    discs: np.ndarray
+    reach: float
+    finish: float
+
+
+@dataclass(frozen=True)
+class Trail:
+    """A way over the ground.
+
+    Attributes:
+        points: (S + 1, 2), in metres. colours: of each of its S steps. missed: it ended before its aim.
+    """
+
+    points: np.ndarray
+    colours: Sequence[str]
+    missed: bool
+
+
+def trails(ground: Ground, drawn: Sequence[Trail], description: str, above: Html | None = None) -> Html:
+    """Ways past obstacles; a cross where one ended before its aim.
+
+    Args:
+        above: drawn above all.
+    """
+    (left, bottom), (right, top) = _units(np.array([ground.low, ground.high])).tolist()
+    parts = []
+    for x, y, radius in ground.discs.tolist():
+        at = {"cx": round(PER_METRE * x), "cy": round(-PER_METRE * y)}
+        parts.append(tag("circle", **at, r=round(PER_METRE * (radius + ground.reach)), class_="reach"))
+        parts.append(tag("circle", **at, r=round(PER_METRE * radius), class_="disc"))
+    parts.append(tag("path", d=f"M{left},{round(-PER_METRE * ground.finish)}H{right}", class_="finish"))
+    runs: dict[str, list[str]] = {}
+    for trail in drawn:
+        units = _units(trail.points)
+        changes = [step for step in range(1, len(trail.colours)) if trail.colours[step] != trail.colours[step - 1]]
+        for first, last in pairwise([0, *changes, len(trail.colours)]):
+            if last > first:
+                runs.setdefault(trail.colours[first], []).append(_path(units[first : last + 1]))
+    parts += [tag("path", d="".join(found), class_="trail", style=f"stroke:{key}") for key, found in runs.items()]
+    crosses = [f"M{x},{y}m-9,-9l18,18m0,-18l-18,18" for x, y in (_units(one.points[-1]) for one in drawn if one.missed)]
+    if crosses:
+        parts.append(tag("path", d="".join(crosses), class_="missed"))
+    box = f"{left} {top} {right - left} {bottom - top}"
+    return tag("svg", *parts, above, viewBox=box, role="img", aria_label=description, class_="ground")
+
+
+def _units(points: np.ndarray) -> np.ndarray:
+    """Metres (..., 2), the second upwards, to whole units, the second downwards."""
+    return (points * (PER_METRE, -PER_METRE)).round().astype(np.int64)
+
+
+def _path(units: np.ndarray) -> str:
+    """(N, 2) whole units as a line, each step from where the one before ended."""
+    return f"M{units[0, 0]},{units[0, 1]}l{' '.join(map(str, np.diff(units, axis=0).ravel().tolist()))}"
+
+
+class Motion:
+    """Things that move in time, and begin again together.
+
+    Args:
+        name: of nothing else on the page. steps: of whatever moves longest.
+    """
+
+    def __init__(self, name: str, steps: int) -> None:
+        self.name, self.steps = name, steps
+        self._rules: list[str] = []
+
+    def moving(self, frames: Sequence[str]) -> str:
+        """Classes for a part that moves.
+
+        Args:
+            frames: what its style is before the first of its steps, and after each. It stays as it is after the last.
+        """
+        name = f"{self.name}-{len(self._rules)}"
+        stops = "".join(f"{100 * (1 - REST) * step / self.steps:.2f}%{{{frame}}}" for step, frame in enumerate(frames))
+        self._rules.append(
+            f"@keyframes {name}{{{stops}100%{{{frames[-1]}}}}}"
+            f".{name}{{animation:{name} {self.steps / PACE / (1 - REST):.2f}s linear infinite}}"
+        )
+        return f"moves {name}"
+
+    def style(self) -> Html:
+        """To stand behind all that moves: what is shown before moves before. Who asks for less motion gets none."""
+        return tag("style", Html(f"@media (prefers-reduced-motion:no-preference){{{''.join(self._rules)}}}"))
+
+
+def rod(points: np.ndarray, colours: Sequence[str], radius: float, motion: Motion) -> Html:
+    """Something round that moves along a way, drawn where it ends. To stand above `trails`.
+
+    Args:
+        points: (S + 1, 2), in metres. colours: of its S steps. radius: in metres.
+    """
+    units = _units(points).tolist()
+    shown = [*colours, colours[-1]]
+    frames = [f"transform:translate({x}px,{y}px);fill:{colour}" for (x, y), colour in zip(units, shown, strict=True)]
+    end = {"transform": "translate({},{})".format(*units[-1]), "fill": shown[-1]}
+    return tag("circle", r=round(PER_METRE * radius), **end, class_=f"rod {motion.moving(frames)}")
+
+
+def shares(
+    values: np.ndarray, taken: np.ndarray, colours: Sequence[str], axis: Axis, description: str, motion: Motion
+) -> Html:
+    """Shares that sum to 1 on top of each other, the first at the bottom, a step each; beneath, which one was taken.
+
+    A line runs along with `motion`.
+
+    Args:
+        values: (S, K). taken: (S,) indices. colours: K.
+    """
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    limits = np.concatenate([np.zeros((len(values), 1)), values.cumsum(axis=1)], axis=1)
+
+    def x(step: float) -> str:
+        return f"{LEFT + (right - LEFT) * step / axis.last:.1f}"
+
+    def y(share: float) -> str:
+        return f"{bottom - (bottom - TOP) * share:.1f}"
+
+    parts = []
+    for index, colour in enumerate(colours):
+        lower, upper = limits[:, index], limits[:, index + 1]
+        forth = "".join(f"V{y(share)}H{x(step + 1)}" for step, share in enumerate(upper))
+        back = "".join(f"V{y(share)}H{x(step)}" for step, share in reversed(list(enumerate(lower))))
+        parts.append(tag("path", d=f"M{x(0)},{y(lower[0])}{forth}{back}Z", fill=colour, class_="share"))
+    changes = np.flatnonzero(np.diff(taken)) + 1
+    for first, last in pairwise([0, *changes.tolist(), len(taken)]):
+        run = f"M{x(first)},{bottom + 2}H{x(last)}v{STRIP}H{x(first)}Z"
+        parts.append(tag("path", d=run, fill=colours[taken[first]], class_="taken"))
+    for value in (0.0, 0.5, 1.0):
+        parts.append(
+            tag("text", f"{100 * value:g} %", x=LEFT - 7, y=float(y(value)) + 4, text_anchor="end", class_="soft")
+        )
+    for place, text in axis.ticks:
+        parts.append(tag("text", text, x=x(place), y=bottom + 19, text_anchor="middle", class_="soft"))
+    parts.append(tag("text", axis.label, x=right, y=HEIGHT - 3, text_anchor="end", class_="soft"))
+    places = [float(x(step)) for step in range(len(values) + 1)]
+    frames = [f"transform:translate({place - places[-1]:.1f}px,0)" for place in places]
+    line = {"x1": places[-1], "x2": places[-1], "y1": TOP, "y2": bottom + 2 + STRIP}
+    parts.append(tag("line", **line, class_=f"now {motion.moving(frames)}"))
+    return tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=description)
 
 
 def thin(steps: np.ndarray, values: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:

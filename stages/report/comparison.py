@@ -52,18 +52,24 @@ def columns(group: Group, task: Any) -> list[Column]:
         cells = [cell(model) for model in group.models]
         return Column(title, [(cell, "") if isinstance(cell, str) else cell for cell in cells], **more)
 
-    label = main_metric(group, task)[1].label
+    main, metric = main_metric(group, task)
+    label, beside = metric.label, task.BESIDE
     against = next((methods[0] for model in group.models if (methods := task.relatives(model))), NOTHING)
+    second = []
+    if beside is not None:
+        title = f"test {task.METRICS[beside].label}"
+        second = [column(title, lambda model: _figure(model, task, beside, "test"), band="test")]
     everything = [
         column("role", lambda model: model.role + "*" * (model.role == "assistant"), numeric=False),
         column("method", lambda model: model.method or NOTHING, numeric=False),
         column("learnt from", lambda model: _origin(group, model), numeric=False),
         column("input", lambda model: _of(model.description, lambda found: task.size(found.interface))),
         column(
-            f"validation {label}", lambda model: _main(group, model, task, "validation"), band="validation", bold=True
+            f"validation {label}", lambda model: _figure(model, task, main, "validation"), band="validation", bold=True
         ),
-        column(f"test {label}", lambda model: _main(group, model, task, "test"), band="test", bold=True),
+        column(f"test {label}", lambda model: _figure(model, task, main, "test"), band="test", bold=True),
         column(f"vs {against}", lambda model: _against(group, model, task), band="test"),
+        *second,
         column("agrees", lambda model: _agrees(group, model, task), band="test"),
         column("rows", lambda model: _of(model.description, lambda found: _rows(found.rows)), band="trained on"),
         column("params", lambda model: _of(model.description, lambda found: f"{found.parameters:,}"), band="cost"),
@@ -245,10 +251,15 @@ def conclusions(group: Group, task: Any) -> list[str]:
     students = [model for model in group.models if model.role == "student"]
     for model in students or [model for model in group.models if model.method == "kd"]:
         methods = [method for method in task.relatives(model) if method != model.method]
-        known = [found for method in methods if (found := _compare(group, model, method, name))]
-        if known:
-            seeds = "one seed" if model.seeds == 1 else f"one of {model.seeds} seeds"
-            lines.append(f"{model.name} is {_weighed(known, metric)}; {seeds}.")
+        for figure in (name, task.BESIDE):
+            if figure not in model.metrics["test"]:
+                continue
+            known = [found for method in methods if (found := _compare(group, model, method, figure))]
+            if known:
+                seeds = "one seed" if model.seeds == 1 else f"one of {model.seeds} seeds"
+                meant = task.METRICS[figure]
+                lead = f"In {meant.label}, " if figure != name else ""
+                lines.append(f"{lead}{model.name} is {_weighed(known, meant)}; {seeds}.")
     for model in group.models:
         alone = group.fine_tuned(model) if model.role == CO_TRAINED else None
         apart = difference(model, alone, name, "test") if alone else None
@@ -317,11 +328,10 @@ def _rows(rows: dict[str, int]) -> str:
     return f"{rows['train']:,}" + f" ({', '.join(beside)})" * bool(beside) if "train" in rows else NOTHING
 
 
-def _main(group: Group, model: Model, task: Any, split: str) -> tuple[str, str]:
-    name, metric = main_metric(group, task)
+def _figure(model: Model, task: Any, name: str, split: str) -> tuple[str, str]:
     if name not in model.metrics[split]:
         return NOTHING, ""
-    error = error_of(model, name, split)
+    metric, error = task.METRICS[name], error_of(model, name, split)
     return metric.show(model.metrics[split][name]), "" if error is None else metric.show(error)
 
 

@@ -185,6 +185,16 @@ svg .mark.ring { stroke-width: 2; fill: var(--card); }
 .dots.behind { stroke: var(--line); stroke-dasharray: none; stroke-width: 3; stroke-opacity: 1; }
 svg .crosses { fill: none; stroke-width: 1.1; stroke-dasharray: none; stroke-opacity: .8; }
 svg .between { fill: none; stroke: var(--text); stroke-width: 2; }
+.ground .disc { fill: var(--soft); }
+.ground .reach { fill: var(--soft); fill-opacity: .16; }
+.ground .finish { fill: none; stroke: var(--good); stroke-width: 1.6; stroke-dasharray: 6 4; }
+.ground .trail { fill: none; stroke-width: 1.3; stroke-opacity: .75; stroke-linejoin: round; stroke-linecap: round; }
+.ground .missed { fill: none; stroke: var(--bad); stroke-width: 2; }
+.ground .rod { stroke: var(--text); stroke-width: 1.4; }
+.ground path, .ground .rod { vector-effect: non-scaling-stroke; }
+.now { stroke: var(--text); stroke-width: 1.6; }
+.share, .taken { stroke: none; }
+.played:hover .moves, .played:focus .moves { animation-play-state: paused; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .87rem; margin: .5rem 0; padding: 0;
   list-style: none; }
 .legend li { display: flex; align-items: center; gap: .45rem; }
@@ -199,6 +209,20 @@ svg .between { fill: none; stroke: var(--text); stroke-width: 2; }
 .clouds svg { width: 100%; height: auto; }
 .clouds figcaption { font-size: .8rem; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .clouds b { color: var(--text); }
+.grounds { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 13.5rem), 1fr)); gap: .9rem; }
+.grounds figure { margin: 0; padding: .6rem .7rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 6px; min-width: 0; }
+.grounds svg { width: 100%; height: auto; }
+.grounds figcaption { font-size: .84rem; margin-top: .35rem; font-variant-numeric: tabular-nums; }
+.grounds b { color: var(--text); }
+.played { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: .9rem; }
+.played figure { margin: 0; padding: .6rem .7rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 6px; min-width: 0; }
+.played figure > div { display: flex; align-items: center; gap: .6rem; }
+.played svg { flex: 1 1 60%; min-width: 0; height: auto; }
+.played svg.ground { flex: 0 1 36%; }
+.played figcaption { font-size: .87rem; margin-bottom: .3rem; }
+.played b { color: var(--text); }
 .charts figcaption { font-size: .87rem; margin-bottom: .3rem; }
 .charts figcaption b { color: var(--text); }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 14.5rem), 1fr)); gap: .9rem; }

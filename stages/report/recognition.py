@@ -24,6 +24,7 @@ METRICS = {
     "calibration_error": Metric("calibration error", True, "mean distance of confidence from accuracy, 0 is best"),
 }
 
+BESIDE = None
 ANSWER = None
 PARITY = METRICS["top_1"]
 

@@ -30,19 +30,21 @@ class Metric:
     Attributes:
         label: its heading. percent: it is a share, and is shown in per cent.
         meaning: what stands under the table; nothing where another metric says it.
+        digits: after the point, of what is no share.
     """
 
     label: str
     percent: bool
     meaning: str = ""
+    digits: int = 4
 
     def show(self, value: float) -> str:
         """The value as text, without a sign for per cent."""
-        return f"{100 * value:.2f}" if self.percent else f"{value:.4f}"
+        return f"{100 * value:.2f}" if self.percent else f"{value:.{self.digits}f}"
 
     def show_difference(self, value: float) -> str:
         """A difference as text, with its sign."""
-        return f"{100 * value:+.2f}" if self.percent else f"{value:+.4f}"
+        return f"{100 * value:+.2f}" if self.percent else f"{value:+.{self.digits}f}"
 
 
 @dataclass(frozen=True)

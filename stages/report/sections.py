@@ -21,7 +21,7 @@ HEAT = 0.6
 
 def facts(group: Group) -> Html:
     """Where the data come from and what may be done with them."""
-    rows: list[tuple[str, object]] = [("data set", f"{group.dataset} ({_splits(group)})")]
+    rows: list[tuple[str, object]] = [("data set", f"{group.dataset} (samples evaluated: {_splits(group)})")]
     for name, source in group.sources.items():
         rows += [("source", name), ("credit", source["credit"]), ("licence", source["licence"])]
     listed = tag("dl", *(join([tag("dt", key), tag("dd", value)]) for key, value in rows), class_="facts")
@@ -37,7 +37,7 @@ def facts(group: Group) -> Html:
 def _splits(group: Group) -> str:
     table = next((model.samples for model in group.models if model.samples is not None), None)
     if table is None:
-        return "numbers of samples unknown"
+        return "unknown"
     return ", ".join(f"{split} {count:,}" for split, count in table["split"].value_counts(sort=False).items())
 
 

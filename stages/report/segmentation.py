@@ -31,6 +31,7 @@ METRICS = {
     **{f"miou_{kind}_{level}": Metric(f"{kind} {level}", True) for kind in WORSE for level in LEVELS},
 }
 
+BESIDE = None
 ANSWER = None
 PARITY = METRICS["miou"]
 

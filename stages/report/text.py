@@ -24,6 +24,7 @@ METRICS = {
     "calibration_error": Metric("calibration error", True, "mean distance of confidence from accuracy, 0 is best"),
     "cross_entropy": Metric("cross-entropy", False, "mean of -log of the probability of the true class, in nats"),
 }
+BESIDE = None
 ANSWER = "prediction"
 PARITY = METRICS["accuracy"]
 

@@ -35,6 +35,7 @@ METRICS = {
         "how often the largest log-probability among seen classes is higher on a seen than on an unseen sample",
     ),
 }
+BESIDE = None
 ANSWER = None
 PARITY = Metric("accuracy", True)
 

@@ -132,7 +132,8 @@ def build(folder: Path, kind: str) -> Exported:
         scale = 1 / logits.std(0)
         network.classifier.weight.mul_(scale[:, None])
         network.classifier.bias.copy_(-scale * logits.mean(0))
-    write_onnx(export.Graph(network), tokens[:2].numpy(), export.INPUT, export.OUTPUTS, export.AXES, files / FILE)
+    example = {export.INPUT: tokens[:2].numpy()}
+    write_onnx(export.Graph(network), example, export.OUTPUTS, export.AXES, files / FILE)
     shutil.copyfile(prepared / "tokenizer.json", files / "tokenizer.json")
     description = {"interface": interface, "input": {"name": export.INPUT}}
     (files / "model.json").write_text(json.dumps(description))

@@ -76,8 +76,8 @@ def network(seed: int = 0, **interface: Any) -> torch.nn.Module:
 def exported(folder: Path, **interface: Any) -> torch.nn.Module:
     folder.mkdir(exist_ok=True)
     found = network(**interface)
-    example = np.zeros((2, 1, SIDE, SIDE), np.float32)
-    write_graph(export.Graph(found), example, export.INPUT, export.OUTPUTS, export.AXES, folder / "model.onnx")
+    example = {export.INPUT: np.zeros((2, 1, SIDE, SIDE), np.float32)}
+    write_graph(export.Graph(found), example, export.OUTPUTS, export.AXES, folder / "model.onnx")
     return found
 
 

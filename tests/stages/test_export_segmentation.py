@@ -154,10 +154,10 @@ def test_no_more_is_checked_than_fits_into_memory(project: Path, monkeypatch: py
     prepared = paths.prepared("segmentation", "x")
     monkeypatch.setattr(task, "NUMBERS", 4 * 3 * SIZE[0] * SIZE[1])
     inputs, target = task.inputs(prepared, None)  # type: ignore[arg-type]
-    assert (len(inputs), len(target)) == (4, 4)
+    assert (len(inputs["images"]), len(target)) == (4, 4)
     monkeypatch.setattr(task, "NUMBERS", 1)
-    assert len(task.inputs(prepared, None)[0]) == 1  # type: ignore[arg-type]
-    np.testing.assert_allclose(inputs, np.load(prepared / "images.npy")[2:6] / 255, atol=1e-6)
+    assert len(task.inputs(prepared, None)[0]["images"]) == 1  # type: ignore[arg-type]
+    np.testing.assert_allclose(inputs["images"], np.load(prepared / "images.npy")[2:6] / 255, atol=1e-6)
 
 
 def test_latency_is_measured_for_teacher_and_student(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

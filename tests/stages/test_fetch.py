@@ -74,6 +74,19 @@ def refused() -> str:
     return str(caught.value)
 
 
+# Nothing
+
+
+def test_of_nothing_a_note_is_kept_and_always_the_same(project: Path) -> None:
+    declare(kind="none")
+    fetch.main("toy")
+    first = contents(RAW / "toy")
+    assert list(first) == ["note.txt"]
+    (RAW / "toy" / "leftover").write_text("of an older version")
+    fetch.main("toy")
+    assert contents(RAW / "toy") == first
+
+
 # Folders
 
 

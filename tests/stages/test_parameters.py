@@ -37,6 +37,7 @@ sources:
           licence: none, credit: nobody, redistributable: false}}
   tree: {{kind: folder, path: $DATA/images, tree_digest: {DIGEST},
           licence: none, credit: nobody, redistributable: false}}
+  rules: {{kind: none, licence: none, credit: nobody, redistributable: true}}
   several: {{kind: parts, licence: none, credit: nobody, redistributable: true,
              parts: [{{kind: url, url: "https://example.org/b.zip", sha256: {DIGEST}}},
                      {{kind: wheel, wheels: [{{package: other==2.0, files: [d.jpg], sha256: {DIGEST}}}]}}]}}
