@@ -13,6 +13,9 @@ Every loss takes student (B, D) and teacher (B, D'), row i of both being the sam
 computed and returned in float32, or in float64 if either input is, also under autocast; the gradient has the student's
 dtype and none reaches the teacher. Inputs that are no matrices, are empty or differ in B raise ValueError with both
 shapes. B = 1 gives order 2 and 3 the value 0, still attached to the graph. NaN and infinity come out, never a zero.
+
+`pair_loss` and `triplet_loss` are the definitions, with an array of B * B * D differences; training takes
+`relation_losses`, which is equal and needs memory of B * B.
 """
 
 from collections.abc import Mapping
@@ -21,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages import relations
 from stages.parameters.recognition import HORKD
-from stages.training import Context, Method, Run, Task
+from stages.training import Context, Method, Run, Task, derive_seed
 
 
 def point_loss(student: Tensor, teacher: Tensor, penalty: str = "mse") -> Tensor:
@@ -66,6 +70,29 @@ def triplet_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = _widen(student, teacher)
     return F.smooth_l1_loss(triplet_cosines(student), triplet_cosines(teacher))
+
+
+def relation_losses(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    pairs: bool = True,
+    triplets: bool = True,
+    form: str = "blocks",
+    vertices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Order 2 and order 3 at once, by closed forms of value and gradient (card 8; stages/relations).
+
+    Shapes and reductions: those of `pair_loss` and `triplet_loss`. Differentiable once.
+
+    Args:
+        pairs, triplets: what is not asked for is 0, and not computed.
+        form: compiled, blocks or fused (`stages.relations`).
+        vertices: (K,) int64, at which samples angles are compared, each with all B * B pairs; None: at all of them.
+            The mean over K evenly drawn ones is that over all on average.
+    """
+    student, teacher = _widen(student, teacher)
+    return relations.losses(student, teacher, pairs=pairs, triplets=triplets, form=form, vertices=vertices)
 
 
 def pairwise_distances(points: Tensor) -> Tensor:
@@ -119,12 +146,28 @@ def _widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.to(dtype), teacher.detach().to(dtype)
 
 
+def gradient_norms(terms: Mapping[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
+    """Norm of every term's gradient with respect to the embeddings (B, D), float32 or wider (card 5: weights by norms).
+
+    Networks are not touched, and the terms can still be differentiated.
+    """
+    found = {}
+    for name, term in terms.items():
+        (gradient,) = torch.autograd.grad(term, embedding, retain_graph=True)
+        found[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).norm()
+    return found
+
+
 class Learner(Method):
     """The task's own objective + weighted losses of order 1, 2 and 3 towards a frozen source (card 3.6).
 
     Step one of the scheme (cross-structure) and step two (cross-resolution) are two students that differ in their
     source and in their resolution; `direct` is a student whose source is the teacher itself. With several processes
     the embeddings of the whole global batch are related to each other.
+
+    Beside each loss, `gradient/NAME_to_task` says how long the gradient of the weighted term is at the embeddings, as a
+    multiple of the task's (without a task, of the first term's), and `weight/NAME` which weight a share came to. Both
+    are 0 where what they are divided by is.
     """
 
     frozen = frozenset({"source"})
@@ -136,15 +179,18 @@ class Learner(Method):
         self.modules = {"student": student, "source": source}
         trained = list(student.parameters())
         ours, theirs = (task.features(network)[parameters.tap] for network in (student, source))
-        if ours != theirs and parameters.weights.points:
+        if ours != theirs and parameters.wanted("points"):
             projection = nn.Linear(ours, theirs, bias=False, device=run.device, dtype=run.dtype)
             self.modules["projection"] = projection
             trained += projection.parameters()
         self.streams = task.streams()
         task.optimize(self, "student", trained)
+        self._form = "blocks"
+        if parameters.wanted("triplets"):
+            self._form = self.chosen["relations"] = relations.choose(run.device)
 
     def step(self, context: Context) -> Mapping[str, Tensor]:
-        weights, tap = self._parameters.weights, self._parameters.tap
+        wanted, tap = self._parameters.wanted, self._parameters.tap
         views = self._task.views(context)
         with torch.no_grad(), context.run.autocast():
             source = getattr(self.modules["source"](views.teacher), tap)
@@ -154,15 +200,57 @@ class Learner(Method):
             projection = self.modules.get("projection")
             projected = projection(embedding) if projection else embedding
         terms = {}
-        if weights.task:
+        if wanted("task"):
             terms["task"] = self._task.objective(output, views.target)
-        if weights.points:
+        if wanted("points"):
             terms["points"] = point_loss(projected, source, self._parameters.point_penalty)
-        if weights.pairs or weights.triplets:
-            embedding, source = context.run.gather(embedding), context.run.gather(source)
-        if weights.pairs:
-            terms["pairs"] = pair_loss(embedding, source)
-        if weights.triplets:
-            terms["triplets"] = triplet_loss(embedding, source)
-        context.update("student", {name: getattr(weights, name) * term for name, term in terms.items()})
-        return {f"loss/{name}": term for name, term in terms.items()}
+        if wanted("pairs") or wanted("triplets"):
+            every, theirs = context.run.gather(embedding), context.run.gather(source)
+            found = relation_losses(
+                every,
+                theirs,
+                pairs=wanted("pairs"),
+                triplets=wanted("triplets"),
+                form=self._form,
+                vertices=self._vertices(len(theirs), context),
+            )
+            named = zip(("pairs", "triplets"), found, strict=True)
+            terms |= {name: term for name, term in named if wanted(name)}
+        weights, figures = self._weigh(terms, embedding, context)
+        context.update("student", {name: weights[name] * term for name, term in terms.items()})
+        return {**{f"loss/{name}": term for name, term in terms.items()}, **figures}
+
+    def _weigh(
+        self, terms: Mapping[str, Tensor], embedding: Tensor, context: Context
+    ) -> tuple[dict[str, Tensor | float], dict[str, Tensor]]:
+        """The weight of every term, and figures about their gradients."""
+        if len(terms) < 2:
+            return {name: getattr(self._parameters.weights, name) for name in terms}, {}
+        squares = {name: norm.square() for name, norm in gradient_norms(terms, embedding).items()}
+        context.run.mean_(list(squares.values()))
+        norms = {name: square.sqrt() for name, square in squares.items()}
+        first, *others = terms
+        weights: dict[str, Tensor | float] = {first: getattr(self._parameters.weights, first)}
+        reference, figures = weights[first] * norms[first], {}
+        for name in others:
+            share = getattr(self._parameters.shares, name)
+            if share is None:
+                weights[name] = getattr(self._parameters.weights, name)
+            else:
+                weights[name] = figures[f"weight/{name}"] = _ratio(share * reference, norms[name])
+            figures[f"gradient/{name}_to_{first}"] = _ratio(weights[name] * norms[name], reference)
+        return weights, figures
+
+    def _vertices(self, count: int, context: Context) -> Tensor | None:
+        """Some samples of the global batch, the same in every process; None where all are to be taken."""
+        wanted = self._parameters.vertices
+        if wanted is None or wanted >= count:
+            return None
+        generator = torch.Generator().manual_seed(derive_seed(self._task.seed, "vertices", context.step))
+        return torch.randperm(count, generator=generator)[:wanted].to(context.run.device)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """0 where what is below is 0."""
+    zero = below == 0
+    return torch.where(zero, 0, above / torch.where(zero, 1, below))

@@ -149,7 +149,12 @@ class KD(AnyStudent, shared.KD):
 
 
 class HORKD(AnyStudent):
-    """Relations of order 1 (points), 2 (pairs) and 3 (triplets) between embeddings; a weight of 0 skips its term."""
+    """Relations of order 1 (points), 2 (pairs) and 3 (triplets) between embeddings; a weight of 0 skips its term.
+
+    Relatives are settings: FitNet has the weights 0 for pairs and triplets, RKD 0 for points, and `direct` (no
+    assistant) names the teacher itself. `vertices` compares angles at so many samples of a batch, drawn anew at every
+    step, instead of at all: for very large batches.
+    """
 
     class Weights(Section):
         task: Weight = 1.0
@@ -157,16 +162,36 @@ class HORKD(AnyStudent):
         pairs: Weight = 25.0
         triplets: Weight = 50.0
 
-        @model_validator(mode="after")
-        def _something_to_learn(self) -> "HORKD.Weights":
-            if not (self.task or self.points or self.pairs or self.triplets):
-                raise ValueError("at least one weight must be greater than 0")
-            return self
+    class Shares(Section):
+        """Instead of a weight: how long a term's gradient at the embeddings shall be, at every step, as a share of that
+        of the weighted task. It may be more than 1.
+        """
+
+        points: Rate | None = None
+        pairs: Rate | None = None
+        triplets: Rate | None = None
 
     method: Literal["horkd"]
     weights: Weights = Weights()
+    shares: Shares = Shares()
     tap: Literal["pooled", "embedding"] = "pooled"
     point_penalty: Literal["mse", "huber", "mse_unit"] = "mse"
+    vertices: Positive | None = None
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "HORKD":
+        if not any(self.wanted(name) for name in HORKD.Weights.model_fields):
+            raise ValueError("at least one of 'weights' must be greater than 0")
+        for name, share in self.shares:
+            if share is not None and not self.weights.task:
+                raise ValueError(f"shares.{name} = {share:g} is a share of the task's gradient, and weights.task is 0")
+            if share is not None and name in self.weights.model_fields_set:
+                raise ValueError(f"weights.{name} and shares.{name} exclude each other")
+        return self
+
+    def wanted(self, term: str) -> bool:
+        """Whether a term (task, points, pairs, triplets) is computed."""
+        return getattr(self.shares, term, None) is not None or getattr(self.weights, term) > 0
 
 
 Student = Annotated[Alone | KD | HORKD, Field(discriminator="method")]

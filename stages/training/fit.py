@@ -75,6 +75,7 @@ def fit(
         before: of the model that it learns from or begins with.
     """
     key = description.name
+    description = dataclasses.replace(description, chosen=learner.chosen)
     # All of that description: other normalisation with the same weights is another teacher.
     identity = {
         "model": dataclasses.asdict(description),
@@ -162,6 +163,7 @@ def _write_companions(
                 start=_reference(teacher),
                 beside=_reference(model),
                 sources=model.sources,
+                chosen=model.chosen,
                 rows=model.rows,
             )
             save_model(output / name, network, description)

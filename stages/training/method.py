@@ -54,6 +54,8 @@ class Method(ABC):
         streams: named data.
         clip: per optimiser, the largest norm of its gradient; none by default.
         look_every: outer steps between two looks at the validation split; None: an epoch.
+        chosen: what machine and installation decided, such as the form of a computation, by name: kept in the model's
+            description. A training never goes on with another choice.
     """
 
     frozen: frozenset[str] = frozenset()
@@ -65,6 +67,7 @@ class Method(ABC):
         self.streams: dict[str, Stream] = {}
         self.clip: dict[str, float] = {}
         self.look_every: int | None = None
+        self.chosen: dict[str, str] = {}
 
     @abstractmethod
     def step(self, context: "Context") -> Mapping[str, Tensor]:

@@ -4,6 +4,7 @@ What a file holds follows from its keys. Every key is either an input, which is 
 """
 
 import os
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from stages.distill.horkd import (
     pair_loss,
     pairwise_distances,
     point_loss,
+    relation_losses,
     triplet_cosines,
     triplet_loss,
 )
@@ -29,6 +31,7 @@ VALUES = {f"{kind}1_{penalty}" for kind in ("L", "g") for penalty in PENALTIES} 
     *("gP_mse", "gP_huber", "L2", "g2", "L3", "g3", "Lce", "gce", "Ltotal", "gtotal"),
     *("mu_t", "mu_s", "psiD_t", "psiD_s", "cosA_t", "cosA_s"),
 }
+FORMS = ("dense", "blocks", "compiled")
 TOLERANCES = {torch.float64: (1e-9, 1e-12), torch.float32: (1e-4, 1e-7)}
 
 
@@ -43,12 +46,12 @@ def test_vectors(path: Path) -> None:
     assert not arrays.keys() - INPUTS - VALUES, f"keys of unknown meaning in {path.name}"
     expected = {key: torch.from_numpy(arrays[key]) for key in arrays.keys() & VALUES}
     assert expected, f"nothing to compare in {path.name}"
-    for dtype, (relative, absolute) in TOLERANCES.items():
+    for form, (dtype, (relative, absolute)) in product(FORMS, TOLERANCES.items()):
         inputs = {key: to_tensor(arrays[key], dtype) for key in arrays.keys() & INPUTS}
-        actual = compute(inputs)
+        actual = compute(inputs, form)
         assert not expected.keys() - actual.keys(), f"inputs that these values need are missing in {path.name}"
         for key in sorted(expected):
-            where = f"{path.name}, {key} in {dtype}"
+            where = f"{path.name}, {key} in {dtype}, {form}"
             assert actual[key].shape == expected[key].shape, where
             difference = (actual[key].double() - expected[key]).abs()
             assert (difference <= absolute + relative * expected[key].abs()).all(), (
@@ -61,12 +64,16 @@ def to_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def compute(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def compute(inputs: dict[str, Tensor], form: str) -> dict[str, Tensor]:
     """Everything that the inputs allow, under the keys of the files."""
     student, teacher = inputs["s"].requires_grad_(), inputs["t"]
     projection = inputs["P"].requires_grad_() if "P" in inputs else None
     projected = student if projection is None else student @ projection.T
-    losses: dict[str, Tensor] = {"2": pair_loss(student, teacher), "3": triplet_loss(student, teacher)}
+    if form == "dense":
+        pairs, triplets = pair_loss(student, teacher), triplet_loss(student, teacher)
+    else:
+        pairs, triplets = relation_losses(student, teacher, form=form)
+    losses: dict[str, Tensor] = {"2": pairs, "3": triplets}
     if projected.shape == teacher.shape:
         losses |= {f"1_{penalty}": point_loss(projected, teacher, penalty) for penalty in PENALTIES}
     if "labels" in inputs:

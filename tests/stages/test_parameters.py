@@ -70,7 +70,11 @@ students:
   assistant:
     {{task: recognition, dataset: digits, method: horkd, teacher: large, resolution: 28,
       network: {{name: resnet, widths: [8]}}, tap: pooled, point_penalty: huber,
-      weights: {{task: 1, points: 2, pairs: 3, triplets: 4}}}}
+      weights: {{task: 1, points: 2, pairs: 3, triplets: 4}}, vertices: 100}}
+  shared:
+    {{task: recognition, dataset: digits, method: horkd, teacher: large, resolution: 7,
+      network: {{name: resnet, widths: [8]}}, tap: embedding, weights: {{points: 0}},
+      shares: {{pairs: 0.5, triplets: 2}}}}
   small:
     {{task: recognition, dataset: digits, method: kd, teacher: assistant, resolution: 7,
       network: {{name: resnet, widths: [8, 16]}}, temperature: 4.0, alpha: 0.9, training: {{epochs: 1}}}}
@@ -146,11 +150,15 @@ def test_values_arrive_where_they_belong() -> None:
     assert isinstance(single, Alone)
     assert (small.temperature, small.alpha, small.training.epochs, small.training.momentum) == (4.0, 0.9, 1, 0.9)
     assert assistant.weights.model_dump() == {"task": 1, "points": 2, "pairs": 3, "triplets": 4}
+    shared = parameters.students["shared"]
+    assert isinstance(shared, HORKD)
+    assert shared.shares.model_dump() == {"points": None, "pairs": 0.5, "triplets": 2}
+    assert [shared.wanted(term) for term in ("task", "points", "pairs", "triplets")] == [True, False, True, True]
     taken = parameters.teachers["taken"]
     assert taken.outside is not None
     assert taken.outside.file == "model.pth"
     assert isinstance(single.network, TorchvisionNetwork)
-    assert list(parameters.models("recognition")) == ["large", "taken", "assistant", "small", "single"]
+    assert list(parameters.models("recognition")) == ["large", "taken", "assistant", "shared", "small", "single"]
     assert parameters.models("other") == {}
     with pytest.raises(ValueError, match="frozen"):
         small.temperature = 1.0
@@ -161,7 +169,7 @@ def test_select_suggests_the_nearest_name() -> None:
     assert select(parameters.students, "small", "student") is parameters.students["small"]
     with pytest.raises(UserError, match=r"^unknown student 'smal'; did you mean 'small'\?$"):
         select(parameters.students, "smal", "student")
-    with pytest.raises(UserError, match=r"^unknown student 'x'; known: assistant, single, small$"):
+    with pytest.raises(UserError, match=r"^unknown student 'x'; known: assistant, shared, single, small$"):
         select(parameters.students, "x", "student")
     assert suggest("x", []) == "none is known"
 
@@ -179,6 +187,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.small.network.width", [1], "unknown key; did you mean 'widths'?"),
     ("students.single.network.widths", [1], "unknown key; known: model, name"),
     ("students.assistant.weights.pair", 1, "unknown key; did you mean 'pairs'?"),
+    ("students.shared.shares.task", 1, "unknown key; known: pairs, points, triplets"),
     ("students.small.kd", 1, "unknown key; known: alpha, dataset, "),
     ("teachers.taken.from.fil", 1, "unknown key; did you mean 'file'?"),
     ("teachers.taken.outside", {}, "unknown key; known: dataset, from, network, "),
@@ -223,6 +232,9 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.small.network.widths", [8, 0, 4], "[1]: must be > 0, got 0"),
     ("students.small.network.widths", [], "list should have at least 1 item"),
     ("students.assistant.weights.pairs", -1, "must be >= 0, got -1"),
+    ("students.shared.shares.pairs", 0, "must be > 0, got 0"),
+    ("students.assistant.vertices", 0, "must be > 0, got 0"),
+    ("students.assistant.training.batch", 1, "must be >= 2, got 1"),
     ("datasets.digits.image_size", 3, "must be >= 4, got 3"),
     ("gates.recognition.resamples", 9999, "must be >= 10000, got 9999"),
     ("gates.recognition.confidence", 0.5, "must be > 0.5, got 0.5"),
@@ -296,6 +308,10 @@ ELSEWHERE: list[tuple[str, Any, str]] = [
     ("teachers.large.network", ABSENT, "teachers.large: needs either 'network' (it is trained here) or 'from' "),
     ("datasets.digits.classes", ["a", "b", "a"], "datasets.digits: 'classes' names a class twice"),
     ("datasets.digits.classes", ABSENT, "datasets.digits: format 'csv' needs 'file' and 'classes'"),
+    ("students.shared.weights.pairs", 1, "students.shared: weights.pairs and shares.pairs exclude each other"),
+    ("students.shared.weights.task", 0, "students.shared: shares.pairs = 0.5 is a share of the task's gradient, and "),
+    ("students.assistant.weights", dict.fromkeys(("task", "points", "pairs", "triplets"), 0),
+     "students.assistant: at least one of 'weights' must be greater than 0"),
     ("datasets.photos.file", "x.csv", "datasets.photos: format 'folder' takes no 'file'"),
 ]  # fmt: skip
 
@@ -335,7 +351,7 @@ def test_teachers_in_a_circle_are_named() -> None:
 def test_a_model_of_a_task_that_is_not_there() -> None:
     found = mistakes(edited(("tasks", None)))
     assert "tasks.recognition: is missing, and students.small belongs to this task" in found
-    assert len(found) == 5
+    assert len(found) == 6
 
 
 def test_all_of_several_mistakes_are_told() -> None:

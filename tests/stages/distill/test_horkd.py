@@ -1,13 +1,28 @@
 """Relation losses of HORKD: an oracle in plain Python, then the properties of the method card's section 7."""
 
 import math
-from collections.abc import Callable, Sequence
+import shutil
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from stages.distill.horkd import pair_loss, pairwise_distances, point_loss, triplet_cosines, triplet_loss
+from stages import relations
+from stages.distill.horkd import (
+    pair_loss,
+    pairwise_distances,
+    point_loss,
+    relation_losses,
+    triplet_cosines,
+    triplet_loss,
+)
+from stages.relations import blocks, compiled
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Rows = Sequence[Sequence[float]]
@@ -25,8 +40,19 @@ def mse_unit(student: Tensor, teacher: Tensor) -> Tensor:
     return point_loss(student, teacher, "mse_unit")
 
 
+def fast(form: str, order: int) -> Loss:
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return relation_losses(student, teacher, pairs=order == 2, triplets=order == 3, form=form)[order - 2]
+
+    loss.__name__ = f"{form}_{order}"
+    return loss
+
+
 POINTS: list[Loss] = [mse, huber, mse_unit]
-RELATIONS: list[Loss] = [pair_loss, triplet_loss]
+FAST: list[Loss] = [fast("blocks", 2), fast("blocks", 3), fast("compiled", 3)]
+PAIRS: list[Loss] = [pair_loss, FAST[0]]
+TRIPLETS: list[Loss] = [triplet_loss, *FAST[1:]]
+RELATIONS: list[Loss] = PAIRS + TRIPLETS
 each_loss = pytest.mark.parametrize("loss", POINTS + RELATIONS)
 each_relation = pytest.mark.parametrize("loss", RELATIONS)
 
@@ -109,8 +135,8 @@ SLOW: dict[Loss, Callable[[Rows, Rows], float]] = {
     mse: slow_mse,
     huber: slow_point_huber,
     mse_unit: slow_mse_unit,
-    pair_loss: slow_pair,
-    triplet_loss: slow_triplet,
+    **dict.fromkeys(PAIRS, slow_pair),
+    **dict.fromkeys(TRIPLETS, slow_triplet),
 }
 
 
@@ -272,7 +298,7 @@ def test_both_sides_play_the_same_part_but_only_the_student_learns(loss: Loss) -
 def test_values_are_bounded(loss: Loss) -> None:
     values = torch.stack([loss(*random_case(loss, seed)) for seed in range(12)])
     assert values.min().item() >= 0
-    assert loss is not triplet_loss or values.max().item() <= 1.5
+    assert loss not in TRIPLETS or values.max().item() <= 1.5
     assert values.max().item() > 0
 
 
@@ -311,7 +337,7 @@ def test_a_duplicate_edge_adds_nothing_to_the_gradient(loss: Loss) -> None:
 
     def rest(v: Rows, u: Rows) -> float:
         r, edge = range(6), {1, 4}
-        if loss is pair_loss:
+        if loss in PAIRS:
             return slow_pair(v, u)
         smooth = [(a, b, c) for a in r for b in r for c in r if edge not in ({a, b}, {a, c})]
         return math.fsum(slow_huber(slow_cosine(v, *i) - slow_cosine(u, *i)) for i in smooth) / 6**3
@@ -394,9 +420,9 @@ def test_near_duplicates_cost_no_digits(loss: Loss) -> None:
 def test_derivatives(loss: Loss) -> None:
     student, teacher = normal(5, 4, seed=1).requires_grad_(), normal(5, 4, seed=2)
     assert torch.autograd.gradcheck(lambda v: loss(v, teacher), (student,))
-    if loss is pair_loss:
+    if loss is pair_loss or loss in FAST:
         (gradient,) = torch.autograd.grad(loss(student, teacher), student, create_graph=True)
-        with pytest.raises(NotImplementedError):
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"derivative|does not require grad"):
             gradient.square().sum().backward()
     else:
         assert torch.autograd.gradgradcheck(lambda v: loss(v, teacher), (student,))
@@ -533,3 +559,169 @@ def test_distances_stay_exact_far_from_the_origin() -> None:
     torch.testing.assert_close(
         pairwise_distances(points).double(), pairwise_distances(points.double()), rtol=1e-6, atol=0
     )
+
+
+# --- the lean forms -------------------------------------------------------------------------------------------------
+
+
+FORMS = ("blocks", "compiled")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [3, 17, 40, 130])
+def test_property_13_lean_equals_dense(form: str, size: int) -> None:
+    """Sizes at which a block holds all vertices, a few, and does not divide their number."""
+    student, teacher = normal(size, 6, seed=size), normal(size, 9, seed=size + 1)
+    for order, dense in enumerate((pair_loss, triplet_loss)):
+        expected = value_and_gradient(dense, student, teacher)
+        found = value_and_gradient(lambda v, u, order=order: relation_losses(v, u, form=form)[order], student, teacher)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=0)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-10, atol=1e-12 * float(expected[1].abs().max()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_some_vertices_are_their_rows_of_all_triplets(form: str) -> None:
+    student, teacher = normal(9, 4, seed=1).requires_grad_(), normal(9, 5, seed=2)
+    chosen = torch.tensor([7, 0, 3])
+    value = relation_losses(student, teacher, pairs=False, form=form, vertices=chosen)[1]
+    cosines = triplet_cosines(student)[chosen], triplet_cosines(teacher)[chosen]
+    expected = torch.nn.functional.smooth_l1_loss(*cosines)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    found, wanted = (torch.autograd.grad(x, student)[0] for x in (value, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-14)
+    every = torch.stack(
+        [relation_losses(student, teacher, form=form, vertices=torch.tensor([place]))[1] for place in range(9)]
+    )
+    torch.testing.assert_close(every.mean(), triplet_loss(student, teacher), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nearly_equal_embeddings_cost_no_digits_in_float32(form: str) -> None:
+    student, teacher = normal(12, 5, seed=1), normal(12, 5, seed=2)
+    student[3] = student[8] + 1e-5 * normal(5, seed=3)
+    narrow = student.float(), teacher.float()
+    for order, dense in enumerate((pair_loss, triplet_loss)):
+        expected = value_and_gradient(dense, *(side.double() for side in narrow))
+        found = value_and_gradient(lambda v, u, order=order: relation_losses(v, u, form=form)[order], *narrow)
+        torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            found[1].double(), expected[1], rtol=1e-5, atol=1e-6 * float(expected[1].abs().max())
+        )
+
+
+@pytest.mark.parametrize("vertices", [1, 3, 8, 13])
+def test_blocks_of_any_number_of_vertices_are_equal(vertices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property 13: one vertex at a time, a number that does not divide B, all, and more than there are."""
+    student, teacher = normal(8, 5, seed=1), normal(8, 6, seed=2)
+    expected = value_and_gradient(triplet_loss, student, teacher)
+    monkeypatch.setattr(blocks, "NUMBERS", vertices * 8**2)
+    found = value_and_gradient(fast("blocks", 3), student, teacher)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-9, atol=1e-15)
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_threads_share_out_vertices(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = normal(10, 5, seed=1), normal(10, 6, seed=2)
+    expected = value_and_gradient(triplet_loss, student, teacher)
+    monkeypatch.setattr(compiled, "SMALLEST", 1)
+    first, second = (value_and_gradient(fast("compiled", 3), student, teacher) for _ in range(2))
+    torch.testing.assert_close(first[0], expected[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(first[1], expected[1], rtol=1e-9, atol=1e-15)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_samples_are_alike_in_every_form(form: str, dtype: torch.dtype) -> None:
+    """Property 10; in float32 the cosine of a direction with itself is 1 but for rounding."""
+    student, teacher = normal(2, 3, seed=1, dtype=dtype).requires_grad_(), 100 * normal(2, 4, seed=2, dtype=dtype)
+    pairs, triplets = relation_losses(student, teacher, form=form)
+    assert pairs.item() == 0
+    assert triplets.item() < torch.finfo(dtype).eps ** 2
+    (gradient,) = torch.autograd.grad(pairs + triplets, student)
+    assert gradient.abs().max().item() < torch.finfo(dtype).eps
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [128, 256])
+def test_memory_grows_as_the_square_of_the_batch(form: str, size: int) -> None:
+    """Property 21. Neither B * B * D nor B * B * B numbers are ever held; tracemalloc counts arrays of numpy."""
+    student, teacher = normal(size, 32, seed=1).float().requires_grad_(), normal(size, 64, seed=2).float()
+    relation_losses(student, teacher, form=form)
+    tracemalloc.start()
+    try:
+        with Largest() as seen:
+            sum(relation_losses(student, teacher, form=form)).backward()  # type: ignore[union-attr]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert seen.elements <= max(size**2, blocks.NUMBERS)
+    assert peak < 60 * size**2
+    with Largest() as seen:
+        triplet_loss(student[:64], teacher[:64])
+    assert seen.elements == 64**3
+
+
+def test_without_numba_blocks_do_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "stages.relations.compiled")
+    form = relations.choose(torch.device("cpu"))
+    assert form == "blocks"
+    assert "compared more slowly (import of numba halted" in caplog.text
+    student, teacher = normal(9, 5, seed=1), normal(9, 6, seed=2)
+    found = value_and_gradient(fast(form, 3), student, teacher)
+    torch.testing.assert_close(found, value_and_gradient(triplet_loss, student, teacher), rtol=1e-9, atol=1e-15)
+
+
+def test_with_numba_the_loop_is_compiled() -> None:
+    assert relations.choose(torch.device("cpu")) == "compiled"
+    assert relations.choose(torch.device("mps")) == "compiled"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler of C++ on a processor")
+def test_the_form_of_gpus_is_equal_on_a_processor() -> None:
+    """Of two sizes of batch and of some vertices: what torch.compile has made serves them all."""
+    for size, vertices in ((20, None), (33, None), (33, torch.arange(7))):
+        student, teacher = normal(size, 5, seed=1), normal(size, 6, seed=2)
+        found, expected = (
+            value_and_gradient(
+                lambda v, u, form=form, vertices=vertices: relation_losses(v, u, form=form, vertices=vertices)[1],
+                student,
+                teacher,
+            )
+            for form in ("fused", "blocks")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-15)
+
+
+def test_what_is_not_asked_for_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(relations, "_triplets", refuse)
+    pairs, triplets = relation_losses(normal(5, 3), normal(5, 3, seed=1), triplets=False)
+    assert pairs.item() > 0
+    assert triplets.item() == 0

@@ -1,5 +1,6 @@
 """The learners on a small prepared data set: what moves, what is skipped, what two networks see."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from data import recognition as data
 from data.errors import UserError
 from models.artifacts import Description, load_model, save_model
 from models.recognition import build
+from stages import relations
 from stages.distill import alone, horkd, kd
 from stages.parameters import recognition as schema
 from stages.teach.recognition import Recognition, for_student, for_teacher
@@ -131,12 +133,16 @@ def test_an_order_with_weight_zero_is_not_computed(
     def refuse(*arguments: object) -> Tensor:
         raise AssertionError("it was computed")
 
-    monkeypatch.setattr(
-        horkd, {"points": "point_loss", "pairs": "pair_loss", "triplets": "triplet_loss"}[order], refuse
-    )
+    part, name = {
+        "points": (horkd, "point_loss"),
+        "pairs": (relations, "_pairs"),
+        "triplets": (relations, "_triplets"),
+    }[order]
+    monkeypatch.setattr(part, name, refuse)
     last = steps(learner("horkd", prepared, run, weights={order: 0.0}), run, 1)
-    assert f"loss/{order}" not in last
-    assert len(last) == 3
+    others = [name for name in ("points", "pairs", "triplets") if name != order]
+    figures = [*(f"loss/{name}" for name in ("task", *others)), *(f"gradient/{name}_to_task" for name in others)]
+    assert list(last) == figures
     with pytest.raises(AssertionError, match="it was computed"):
         steps(learner("horkd", prepared, run), run, 1)
 
@@ -151,13 +157,29 @@ def test_a_projection_exists_only_where_widths_differ(prepared: Path, run: Run) 
     assert "projection" not in horkd.Learner(task, same, run).modules
 
 
-def test_the_terms_are_those_of_the_equations(prepared: Path, run: Run) -> None:
-    """One step against the loss written down here, with torch's own optimiser."""
-    entry = student("horkd", weights={"task": 0.5, "points": 2.0, "pairs": 7.0, "triplets": 11.0})
+WEIGHTS = {"task": 0.5, "points": 2.0, "pairs": 7.0, "triplets": 11.0}
+RELATIVES = {
+    "horkd": WEIGHTS,
+    "fitnet": WEIGHTS | {"pairs": 0.0, "triplets": 0.0},
+    "rkd": WEIGHTS | {"points": 0.0},
+    "rkd, without labels": WEIGHTS | {"task": 0.0, "points": 0.0},
+}
+
+
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_the_terms_are_those_of_the_equations(relative: str, prepared: Path) -> None:
+    """One step against the loss written down here, with torch's own optimiser; relatives are settings of it."""
+    weigh = RELATIVES[relative]
+    settings = {**TRAINING, "precision": "64-true"}
+    run = Run(schema.Training.model_validate(settings))
+    entry = student("horkd", weights=weigh, training=settings)
     ours = horkd.Learner(for_student(entry, prepared, run, teacher(prepared)), entry, run)
     twin = horkd.Learner(for_student(entry, prepared, run, teacher(prepared)), entry, run)
-    twin.modules["projection"].load_state_dict(ours.modules["projection"].state_dict())
-    steps(ours, run, 1)
+    projection = ours.modules.get("projection")
+    assert (projection is None) == (not weigh["points"])
+    weight = projection.weight.detach().clone() if projection else None
+    last = steps(ours, run, 1)
+    assert {name for name in last if name.startswith("loss/")} == {f"loss/{name}" for name in weigh if weigh[name]}
     context = Context(twin, run, 0)
     context.begin(0)
     for name, module in twin.modules.items():
@@ -166,18 +188,126 @@ def test_the_terms_are_those_of_the_equations(prepared: Path, run: Run) -> None:
     with torch.no_grad():
         source = twin.modules["source"](views.teacher).pooled
     output = twin.modules["student"](views.student)
-    loss = (
-        0.5 * nn.functional.cross_entropy(output.logits, views.target)
-        + 2.0 * (twin.modules["projection"](output.pooled) - source).square().mean()
-        + 7.0 * horkd.pair_loss(output.pooled, source)
-        + 11.0 * horkd.triplet_loss(output.pooled, source)
-    )
-    loss.backward()
+    projected = output.pooled if weight is None else output.pooled @ weight.T
+    terms = {
+        "task": lambda: nn.functional.cross_entropy(output.logits, views.target),
+        "points": lambda: (projected - source).square().mean(),
+        "pairs": lambda: horkd.pair_loss(output.pooled, source),
+        "triplets": lambda: horkd.triplet_loss(output.pooled, source),
+    }
+    torch.stack([weigh[name] * term() for name, term in terms.items() if weigh[name]]).sum().backward()
     for group in twin.optimizers["student"].param_groups:
         group["lr"] = twin.schedules["student"](0)
     twin.optimizers["student"].step()
     for name, tensor in weights(twin.student).items():
+        torch.testing.assert_close(weights(ours.student)[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def by_hand(ours: Any, run: Run) -> tuple[Tensor, dict[str, Tensor]]:
+    """The embeddings of the first step, and every term without its weight, by the dense definitions."""
+    context = Context(ours, run, 0)
+    context.begin(0)
+    for name, module in ours.modules.items():
+        module.train(name not in ours.frozen)
+    views = ours._task.views(context)
+    output, source = ours.student(views.student), ours.modules["source"](views.teacher).pooled.detach()
+    terms = {
+        "task": nn.functional.cross_entropy(output.logits, views.target),
+        "points": (ours.modules["projection"](output.pooled) - source).square().mean(),
+        "pairs": horkd.pair_loss(output.pooled, source),
+        "triplets": horkd.triplet_loss(output.pooled, source),
+    }
+    return output.pooled, terms
+
+
+def lengths(embedding: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
+    """Norms of gradients, by autograd's way through the definitions."""
+    found = {}
+    for name, term in terms.items():
+        embedding.grad = None
+        embedding.retain_grad()
+        term.backward(retain_graph=True)
+        assert embedding.grad is not None
+        found[name] = embedding.grad.double().norm().item()
+    return found
+
+
+def test_ratios_of_gradients_are_recorded(prepared: Path, run: Run) -> None:
+    """At the embeddings, of the weighted terms; without a task they are measured by the first term."""
+    norms = lengths(*by_hand(learner("horkd", prepared, run), run))
+    for left_out, first in ((None, "task"), ("task", "points")):
+        weigh = {name: weight for name, weight in WEIGHTS.items() if name != left_out}
+        last = steps(learner("horkd", prepared, run, weights={**weigh, **({left_out: 0} if left_out else {})}), run, 1)
+        for name in [name for name in weigh if name != first]:
+            expected = weigh[name] * norms[name] / (weigh[first] * norms[first])
+            assert last[f"gradient/{name}_to_{first}"].item() == pytest.approx(expected, rel=1e-4), name
+    assert not [name for name in steps(learner("alone", prepared, run), run, 1) if "_to_" in name]
+
+
+def test_a_share_is_that_of_the_tasks_gradient(prepared: Path, run: Run) -> None:
+    """At every step, whatever the terms are worth; a weight of this size does the same."""
+    shares = {"points": 0.5, "triplets": 2.0}
+    settings = {"weights": {"task": 3.0, "pairs": 0.0}, "shares": shares}
+    norms = lengths(*by_hand(learner("horkd", prepared, run), run))
+    ours = learner("horkd", prepared, run, **settings)
+    first = steps(ours, run, 1)
+    weights_found = {name: first[f"weight/{name}"].item() for name in shares}
+    for name, share in shares.items():
+        assert weights_found[name] == pytest.approx(share * 3 * norms["task"] / norms[name], rel=1e-4)
+    twin = learner("horkd", prepared, run, weights={"task": 3.0, "pairs": 0.0, **weights_found})
+    steps(twin, run, 1)
+    for name, tensor in weights(twin.student).items():
         torch.testing.assert_close(weights(ours.student)[name], tensor, rtol=1e-5, atol=1e-7)
+    later = steps(learner("horkd", prepared, run, **settings), run, 4)
+    for name, share in shares.items():
+        assert later[f"gradient/{name}_to_task"].item() == pytest.approx(share, rel=1e-6)
+        assert later[f"weight/{name}"].item() != pytest.approx(weights_found[name], rel=1e-3)
+
+
+def test_a_share_of_what_has_no_gradient_is_no_weight(
+    prepared: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = learner("horkd", prepared, run, shares={"points": 0.5})
+    monkeypatch.setattr(horkd, "point_loss", lambda student, teacher, penalty: 0 * student.sum())
+    last = steps(ours, run, 1)
+    assert last["weight/points"].item() == 0
+    assert last["gradient/points_to_task"].item() == 0
+    assert all(tensor.isfinite().all() for tensor in weights(ours.student).values())
+
+
+def test_some_vertices_are_drawn_anew_and_alike_in_every_process(prepared: Path, run: Run) -> None:
+    seen = []
+    for seed in (0, 0, 1):
+        ours = learner("horkd", prepared, run, vertices=4, training={**TRAINING, "seed": seed})
+        context = Context(ours, run, seed)
+        found = []
+        for step in range(3):
+            context.begin(step)
+            chosen = ours._vertices(12, context)
+            assert len(set(chosen.tolist())) == 4
+            found.append(chosen.tolist())
+        assert found[0] != found[1]
+        assert ours._vertices(4, context) is None
+        seen.append(found)
+    assert seen[0] == seen[1] != seen[2]
+    few, every = (steps(learner("horkd", prepared, run, vertices=count), run, 1) for count in (4, None))
+    assert few["loss/triplets"] != every["loss/triplets"]
+    assert few["loss/pairs"] == every["loss/pairs"]
+
+
+def test_the_form_is_chosen_and_kept(prepared: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = learner("horkd", prepared, run)
+    assert fast.chosen == {"relations": "compiled"}
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "stages.relations.compiled")
+    plain = learner("horkd", prepared, run)
+    assert plain.chosen == {"relations": "blocks"}
+    assert learner("horkd", prepared, run, weights={"triplets": 0.0}).chosen == {}
+    steps(plain, run, 2)
+    monkeypatch.undo()
+    steps(fast, run, 2)
+    for name, tensor in weights(plain.student).items():
+        torch.testing.assert_close(weights(fast.student)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_both_networks_see_the_same_crop(prepared: Path, run: Run) -> None:
