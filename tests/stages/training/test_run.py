@@ -1,0 +1,35 @@
+"""What a run does to its process."""
+
+import subprocess
+import sys
+
+import pytest
+
+from stages.training.run import keep_memory
+
+FAULTS = """
+import resource, sys, torch
+from stages.training.run import keep_memory
+torch.set_num_threads(1)
+sys.argv[1] == "kept" and keep_memory()
+for count in (2, 100):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        sum(torch.zeros(2**20) for _ in range(4))
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator of glibc")
+def test_freed_memory_is_taken_again_instead_of_asked_for_page_by_page() -> None:
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True).stdout)
+        for how in ("kept", "returned")
+    }
+    assert faults["kept"] < 0.1 * faults["returned"]
+
+
+def test_no_other_allocator_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert keep_memory() is False
