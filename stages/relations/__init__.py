@@ -18,6 +18,7 @@ in stages/distill/horkd.py.
 
 import importlib
 import logging
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -33,10 +34,13 @@ FORMS = ("compiled", "blocks", "fused")
 
 
 class Geometry(NamedTuple):
-    """Of one network's embeddings: squared distances and their inverse roots (0 where they are 0), (B, B) float64."""
+    """Of one network's embeddings: squared distances and their inverse roots (0 where they are 0), (B, B) float64; and
+    the smallest of the former that is not 0, as a share of the largest (NaN where there is none).
+    """
 
     squares: Tensor
     inverse: Tensor
+    spread: float
 
 
 def losses(
@@ -82,13 +86,15 @@ class _Losses(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor, pairs: bool, triplets: bool, form: str, vertices: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(student.device.type, enabled=False):
-            theirs = geometry(_centred(teacher))
-            centred = _centred(student)
-            ours = geometry(centred)
+            module, centred = _module(form), _centred(student)
+            theirs, ours = module.geometry(_centred(teacher)), module.geometry(centred)
             found, slopes = [], []
-            for wanted, compare in ((pairs, _pairs), (triplets, _triplets)):
+            for wanted, compare in (
+                (pairs, module.pairs),
+                (triplets, partial(_triplets, form, vertices, student.dtype)),
+            ):
                 if wanted and len(student) > 1:
-                    value, slope = compare(ours, theirs, form, vertices, student.dtype)
+                    value, slope = compare(ours, theirs)
                     both = slope + slope.T
                     gradient = 2 * (both.sum(1, keepdim=True) * centred - both @ centred)
                 else:
@@ -112,60 +118,20 @@ def _centred(embeddings: Tensor) -> Tensor:
     return wide.sub_(wide.mean(0))
 
 
-def geometry(centred: Tensor) -> Geometry:
-    """Of (B, D) float64 embeddings with mean 0."""
-    squares = centred @ centred.T
-    lengths = squares.diagonal().clone()
-    total = lengths[:, None] + lengths
-    squares.mul_(-2).add_(total).clamp_min_(0)
-    near = (squares <= total.mul_(NEAR)).triu(1).nonzero()
-    if len(near):
-        first, second = near.T
-        squares[first, second] = squares[second, first] = (centred[first] - centred[second]).square().sum(1)
-    squares.fill_diagonal_(0)
-    return Geometry(squares, squares.rsqrt().masked_fill_(squares == 0, 0))
-
-
-def _pairs(ours: Geometry, theirs: Geometry, form: str, vertices: Any, dtype: Any) -> tuple[Tensor, Tensor]:
-    """L2, and S of it."""
-    count = len(ours.squares)
-    (own, mean), (other, their_mean) = (_distances(squares) for squares, _ in (ours, theirs))
-    differ = (own / mean).sub_(other.div_(their_mean))
-    clipped = differ.clamp(-1, 1)
-    value = (_sum(clipped, differ) - _sum(clipped, clipped) / 2) / count**2
-    by_mean = _sum(clipped, own) / mean**2 / (count * (count - 1))
-    return value, clipped.div_(mean).sub_(by_mean).mul_(ours.inverse).div_(2 * count**2)
-
-
-def _distances(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """d, and mu; 1 where that is 0."""
-    distances = squares.sqrt()
-    mean = distances.sum() / (len(squares) * (len(squares) - 1))
-    return distances, torch.where(mean == 0, 1, mean)
-
-
-def _sum(left: Tensor, right: Tensor) -> Tensor:
-    """Of products, without an array of them."""
-    return torch.dot(left.flatten(), right.flatten())
-
-
 def _triplets(
-    ours: Geometry, theirs: Geometry, form: str, vertices: Tensor | None, dtype: torch.dtype
+    form: str, vertices: Tensor | None, dtype: torch.dtype, ours: Geometry, theirs: Geometry
 ) -> tuple[Tensor, Tensor]:
     """L3, and S of it."""
-    if dtype == torch.float32 and all(_spread(squares) > CLOSE for squares, _ in (ours, theirs)):
-        ours, theirs = (Geometry(squares.float(), inverse.float()) for squares, inverse in (ours, theirs))
+    if dtype == torch.float32 and min(ours.spread, theirs.spread) > CLOSE:
+        ours, theirs = (
+            side._replace(squares=side.squares.float(), inverse=side.inverse.float()) for side in (ours, theirs)
+        )
     count = len(ours.squares)
     device = ours.squares.device
     chosen = torch.arange(count, device=device) if vertices is None else vertices.to(device)
     total, slope = _module(form).walk(ours, theirs, chosen, form == "fused")
     scale = 1 / (len(chosen) * count**2)
     return scale * total, slope.mul_(scale)
-
-
-def _spread(squares: Tensor) -> Tensor:
-    """The smallest squared distance that is not 0, as a share of the largest."""
-    return torch.where(squares == 0, torch.inf, squares).amin() / squares.amax()
 
 
 Walk = tuple[Tensor, Tensor]

@@ -1,4 +1,4 @@
-"""Triplets in torch: all pairs of a few vertices at a time."""
+"""Relations in torch, on any device; triplets as all pairs of a few vertices at a time."""
 
 from collections.abc import Callable
 from functools import cache
@@ -6,10 +6,48 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from stages.relations import Geometry, Walk
+from stages.relations import NEAR, Geometry, Walk
 
 NUMBERS = 2**17  # of pairs at a time, so that they stay in a processor's cache
 NUMBERS_OF_GPU = 2**24
+
+
+def geometry(centred: Tensor) -> Geometry:
+    """Of (B, D) float64 embeddings with mean 0."""
+    squares = centred @ centred.T
+    lengths = squares.diagonal().clone()
+    total = lengths[:, None] + lengths
+    squares.mul_(-2).add_(total).clamp_min_(0)
+    near = (squares <= total.mul_(NEAR)).triu(1).nonzero()
+    if len(near):
+        first, second = near.T
+        squares[first, second] = squares[second, first] = (centred[first] - centred[second]).square().sum(1)
+    squares.fill_diagonal_(0)
+    spread = torch.where(squares == 0, torch.inf, squares).amin() / squares.amax()
+    return Geometry(squares, squares.rsqrt().masked_fill_(squares == 0, 0), spread.item())
+
+
+def pairs(ours: Geometry, theirs: Geometry) -> tuple[Tensor, Tensor]:
+    """L2, and S of it."""
+    count = len(ours.squares)
+    (own, mean), (other, their_mean) = (_distances(side.squares) for side in (ours, theirs))
+    differ = (own / mean).sub_(other.div_(their_mean))
+    clipped = differ.clamp(-1, 1)
+    value = (_sum(clipped, differ) - _sum(clipped, clipped) / 2) / count**2
+    by_mean = _sum(clipped, own) / mean**2 / (count * (count - 1))
+    return value, clipped.div_(mean).sub_(by_mean).mul_(ours.inverse).div_(2 * count**2)
+
+
+def _distances(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """d, and mu; 1 where that is 0."""
+    distances = squares.sqrt()
+    mean = distances.sum() / (len(squares) * (len(squares) - 1))
+    return distances, torch.where(mean == 0, 1, mean)
+
+
+def _sum(left: Tensor, right: Tensor) -> Tensor:
+    """Of products, without an array of them."""
+    return torch.dot(left.flatten(), right.flatten())
 
 
 def walk(ours: Geometry, theirs: Geometry, vertices: Tensor, fused: bool) -> Walk:
@@ -20,7 +58,7 @@ def walk(ours: Geometry, theirs: Geometry, vertices: Tensor, fused: bool) -> Wal
     limit = NUMBERS if ours.squares.device.type == "cpu" else NUMBERS_OF_GPU
     block = _fused() if fused else _block
     for rows in vertices.split(max(1, limit // count**2)):
-        loss, edges, opposite = block(*ours, *theirs, rows)
+        loss, edges, opposite = block(*ours[:2], *theirs[:2], rows)
         total += loss
         slope[rows] += edges
         slope -= opposite

@@ -1,4 +1,4 @@
-"""Triplets on processors: one compiled loop over vertex and pair, vertices shared out between threads."""
+"""Relations on processors: compiled loops over pairs and triplets; vertices of triplets are shared between threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -9,16 +9,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.relations import Geometry, Walk
+from stages.relations import NEAR, Geometry, Walk
 
 SMALLEST = 2**21  # triplets for which another thread is worth its start
+
+
+def geometry(centred: Tensor) -> Geometry:
+    """Of (B, D) float64 embeddings with mean 0."""
+    squares = centred @ centred.T
+    inverse = torch.zeros_like(squares)
+    return Geometry(squares, inverse, _geometry(squares.numpy(), centred.numpy(), inverse.numpy()))
+
+
+def pairs(ours: Geometry, theirs: Geometry) -> tuple[Tensor, Tensor]:
+    """L2, and S of it."""
+    slope = torch.zeros_like(ours.squares)
+    value = _pairs(*_arrays(ours, theirs), slope.numpy())
+    return slope.new_tensor(value), slope
 
 
 def walk(ours: Geometry, theirs: Geometry, vertices: Tensor, fused: bool) -> Walk:
     """See `Walk`. What is summed up by itself depends on torch's number of threads and on the shapes alone."""
     count = len(ours.squares)
     parts = max(1, min(torch.get_num_threads(), len(vertices) * count**2 // SMALLEST))
-    arrays = [array.numpy() for array in (*ours, *theirs)]
+    arrays = _arrays(ours, theirs)
     slope = np.zeros((count, count))
     opposite = np.zeros((parts, count, count), arrays[0].dtype)
     totals = np.zeros(count)
@@ -33,10 +47,56 @@ def walk(ours: Geometry, theirs: Geometry, vertices: Tensor, fused: bool) -> Wal
     return torch.as_tensor(totals.sum()), torch.as_tensor(slope)
 
 
+def _arrays(ours: Geometry, theirs: Geometry) -> list[np.ndarray]:
+    return [array.numpy() for array in (*ours[:2], *theirs[:2])]
+
+
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
     """Threads of our own: those of a second OpenMP would spin against torch's."""
     return ThreadPoolExecutor(count, "relations")
+
+
+@numba.njit(cache=True)
+def _geometry(squares, points, inverse):  # type: ignore[no-untyped-def]
+    """From the Gram matrix in the place of squared distances."""
+    count = len(squares)
+    lengths = np.diag(squares).copy()
+    smallest, largest = np.inf, 0.0
+    for a in range(count):
+        squares[a, a] = 0
+        for b in range(a):
+            total = lengths[a] + lengths[b]
+            square = total - 2 * squares[a, b]
+            if square <= NEAR * total:
+                square = np.square(points[a] - points[b]).sum()
+            squares[a, b] = squares[b, a] = square
+            if square != 0:
+                inverse[a, b] = inverse[b, a] = 1 / np.sqrt(square)
+                smallest, largest = min(smallest, square), max(largest, square)
+    return smallest / largest if largest > 0 else np.nan
+
+
+@numba.njit(cache=True)
+def _pairs(squares, inverse, theirs, their_inverse, slope):  # type: ignore[no-untyped-def]
+    count = len(squares)
+    ordered = count * (count - 1)
+    mean, their_mean = (squares * inverse).sum() / ordered, (theirs * their_inverse).sum() / ordered
+    per, their_per = (1 / mean if mean != 0 else 1.0), (1 / their_mean if their_mean != 0 else 1.0)
+    loss = along = 0.0
+    for a in range(count):
+        for b in range(count):
+            distance = squares[a, b] * inverse[a, b]
+            differ = distance * per - theirs[a, b] * their_inverse[a, b] * their_per
+            clipped = min(max(differ, -1.0), 1.0)
+            loss += clipped * (differ - clipped / 2)
+            along += clipped * distance
+            slope[a, b] = clipped
+    scale, by_mean = per / (2 * count**2), along * per / ordered
+    for a in range(count):
+        for b in range(count):
+            slope[a, b] = (slope[a, b] - by_mean) * inverse[a, b] * scale
+    return loss / count**2
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
