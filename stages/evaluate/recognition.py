@@ -161,7 +161,11 @@ def _by_class(samples: pd.DataFrame, names: list[str], searched: bool) -> pd.Dat
     asked = samples["same_class_rank"] > 0 if searched else samples["label"] >= 0
     grouped = samples.assign(correct=samples["correct"].where(asked)).groupby("label")["correct"]
     classes = pd.DataFrame(
-        {"split": samples["split"].iloc[0], "samples": samples.groupby("label").size(), "accuracy": grouped.mean().round(6)}
+        {
+            "split": samples["split"].iloc[0],
+            "samples": samples.groupby("label").size(),
+            "accuracy": grouped.mean().round(6),
+        }
     ).reset_index()
     classes.insert(1, "class", [names[label] for label in classes["label"]])
     return classes
