@@ -3,14 +3,19 @@
 A prepared data set is a folder:
 
     images.npy      (N, channels, size, size) uint8
-    labels.npy      (N,) int64, an index into the classes
+    labels.npy      (N,) int64, an index into the classes: those of training, then those held out
     manifest.csv    a row per sample: id, split, label, height and width before preparation, sha256 of the pixels,
                     their mean and spread (standard deviation), both in [0, 1]
-    dataset.json    classes, size, channels, mean and std per channel of the training split, samples per split
+    pairs.csv       only for verification, a row per pair of samples: split, fold (from 0), first and second (ids),
+                    same (1 or 0: whether both are of one class)
+    dataset.json    classes (those that are trained on), held_out (further ones, whose samples are all in validation or
+                    test), size, channels, mean and std per channel of the training split, samples per split,
+                    verification (folds, and pairs per split; or null)
 """
 
 import hashlib
 import json
+import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +27,14 @@ import pandas as pd
 
 from data.errors import UserError
 from data.files import write_json
-from data.splits import split
+from data.splits import TRAIN, split
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
     from torch import Generator, Tensor
 
-SPLITS = ("train", "validation", "test")
+HELD_OUT = ("validation", "test")
+SPLITS = (TRAIN, *HELD_OUT)
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
@@ -82,11 +89,13 @@ def read_folder(folder: Path, size: int, channels: int, classes: Sequence[str] |
         classes: the folders to read, in the order of their labels; all of them, sorted, by default.
 
     Raises:
-        UserError: no class, an unlisted class, a class without images, a file that is no complete image, or
-            one with more than 8 bits per channel.
+        UserError: no such folder, no class, an unlisted class, a class without images, a file that is no complete
+            image, or one with more than 8 bits per channel.
     """
     from PIL import Image, ImageOps
 
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder} · correct `folder` of the data set")
     found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found:
         raise UserError(f"{folder} has no folders: one folder of images per class is expected")
@@ -109,16 +118,90 @@ def read_folder(folder: Path, size: int, channels: int, classes: Sequence[str] |
             if mode[0] in "IF":  # Pillow would cut all values above 255 off
                 raise UserError(f"{path} has more than 8 bits per channel (mode {mode}) · convert it to 8 bits")
             sizes.append((image.height, image.width))
-            square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            images.append(np.asarray(square, dtype=np.uint8).reshape(size, size, channels).transpose(2, 0, 1))
+            images.append(_square(image, size))
             labels.append(label)
             ids.append(path.relative_to(folder).as_posix())
     return Samples(np.stack(images), np.array(labels, dtype=np.int64), ids, np.array(sizes), names)
 
 
+def read_arrays(file: Path, keys: Any, size: int, channels: int, classes: Sequence[str] | None) -> Samples:
+    """A .npz with images, (N, H, W) or (N, H, W, 3) uint8, and their labels, (N,) whole numbers.
+
+    Args:
+        keys: what both are called (`stages.parameters.recognition.Keys`).
+        classes: the names of the labels 0, 1, ...; by default the numbers that occur, in their order.
+
+    Raises:
+        UserError: the file is missing or damaged, lacks an array or holds objects; an array has another type or shape;
+            a label has no name.
+    """
+    from PIL import Image
+
+    try:
+        with np.load(file, allow_pickle=False) as loaded:
+            if missing := [f"{what} ({name!r})" for what, name in keys if name not in loaded]:
+                raise UserError(
+                    f"{file} has no array of {' and '.join(missing)}; it has {', '.join(sorted(loaded)) or 'none'} · "
+                    "correct `keys` of the data set"
+                )
+            pixels, numbers = loaded[keys.images], loaded[keys.labels]
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{file} cannot be read as .npz of plain arrays ({error}) · is it complete?") from None
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (3,)) or not pixels.size:
+        raise UserError(
+            f"{file}: {keys.images} is {pixels.dtype} of shape {pixels.shape}, but images are uint8 of shape (N, H, W) "
+            "or (N, H, W, 3) · convert it, or correct `keys.images` of the data set"
+        )
+    if numbers.dtype.kind not in "iu" or numbers.shape != pixels.shape[:1]:
+        raise UserError(
+            f"{file}: {keys.labels} is {numbers.dtype} of shape {numbers.shape}, but {len(pixels)} images have "
+            f"whole numbers of shape ({len(pixels)},) as labels · correct the file, or `keys.labels` of the data set"
+        )
+    values, labels = np.unique(numbers, return_inverse=True)
+    if classes is not None:
+        if values[0] < 0 or values[-1] >= len(classes):
+            wrong = values[-1] if values[0] >= 0 else values[0]
+            raise UserError(
+                f"{file}: {keys.labels} holds {wrong}, but `classes` names the labels 0 to {len(classes) - 1} · "
+                "correct `classes` of the data set, or leave it out"
+            )
+        labels = numbers
+    names = list(classes) if classes is not None else [str(value) for value in values]
+    mode = "L" if channels == 1 else "RGB"
+    images = np.stack([_square(Image.fromarray(image).convert(mode), size) for image in pixels])
+    ids = [f"row-{index:06d}" for index in range(len(images))]
+    return Samples(images, labels.astype(np.int64), ids, np.tile(pixels.shape[1:3], (len(images), 1)), names)
+
+
+def _square(image: "Picture", size: int) -> np.ndarray:
+    """(channels, size, size) uint8: the shorter side is resized, then the centre is cut out."""
+    from PIL import Image, ImageOps
+
+    square = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
+    return square.reshape(size, size, -1).transpose(2, 0, 1)
+
+
 def content_hashes(images: np.ndarray) -> list[str]:
     """sha256 of the pixels of each image."""
     return [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images]
+
+
+def split_by_classes(labels: np.ndarray, classes: int, wanted: dict[str, int]) -> np.ndarray:
+    """(N,) names of splits: the last classes are the last split of `wanted`, and so on; TRAIN is what is left.
+
+    Args:
+        labels: (N,) integers below `classes`. wanted: number of classes by name, in the order of their labels.
+
+    Raises:
+        UserError: no class is left for training.
+    """
+    if (number := sum(wanted.values())) >= classes:
+        raise UserError(
+            f"{' + '.join(f'split.{name}' for name in wanted)} = {number} classes are held out, but there are only "
+            f"{classes}, and some have to be trained on · lower them"
+        )
+    names = [TRAIN] * (classes - number) + [name for name, amount in wanted.items() for _ in range(amount)]
+    return np.array(names, dtype=object)[labels]
 
 
 def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -> None:
@@ -127,13 +210,24 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
     Args:
         raw: the fetched source. dataset: its entry in params.yaml (`stages.parameters.recognition.Dataset`).
         output: an existing empty folder. provenance: what dataset.json says of the source.
+
+    Raises:
+        UserError: the source cannot be read; more is held out than there is; a class lacks samples for what is done
+            with it.
     """
+    size, channels = dataset.image_size, dataset.channels
     if dataset.format == "csv":
-        samples = read_csv(raw / dataset.file, dataset.image_size, dataset.channels, dataset.classes)
+        samples = read_csv(raw / dataset.file, size, channels, dataset.classes)
+    elif dataset.format == "arrays":
+        samples = read_arrays(raw / dataset.file, dataset.keys, size, channels, dataset.classes)
     else:
-        samples = read_folder(raw, dataset.image_size, dataset.channels, dataset.classes)
-    wanted = {"validation": dataset.split.validation, "test": dataset.split.test}
-    part = split(samples.labels, wanted, dataset.split.seed)
+        samples = read_folder(raw / dataset.folder, size, channels, dataset.classes)
+    wanted = {name: getattr(dataset.split, name) for name in HELD_OUT}
+    if dataset.split.by == "classes":
+        part, trained = split_by_classes(samples.labels, len(samples.classes), wanted), -sum(wanted.values())
+    else:
+        part, trained = split(samples.labels, wanted, dataset.split.seed), len(samples.classes)
+    _check_classes(samples, part, dataset.split.by)
     total, squares = _moments(samples.images)
     mean, spread = _mean_and_spread(total.sum(1), squares.sum(1), samples.images[0].size)
     manifest = pd.DataFrame(
@@ -151,22 +245,41 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
     manifest.to_csv(output / "manifest.csv", index=False, lineterminator="\n")
     np.save(output / "images.npy", samples.images)
     np.save(output / "labels.npy", samples.labels)
-    train = part == "train"
-    pixels = int(train.sum()) * dataset.image_size**2
+    train = part == TRAIN
+    pixels = int(train.sum()) * size**2
     mean, spread = _mean_and_spread(total[train].sum(0), squares[train].sum(0), pixels)
     write_json(
         output / "dataset.json",
         {
-            "classes": samples.classes,
-            "size": dataset.image_size,
-            "channels": dataset.channels,
+            "classes": samples.classes[:trained],
+            "held_out": samples.classes[trained:],
+            "size": size,
+            "channels": channels,
             "mean": mean.tolist(),
             # A channel that never changes would be divided by zero.
             "std": np.maximum(spread, 1e-3).tolist(),
             "samples": {name: int((part == name).sum()) for name in SPLITS},
+            "verification": None,
             "source": provenance,
         },
     )
+
+
+def _check_classes(samples: Samples, part: np.ndarray, by: str) -> None:
+    """Every class has what its splits need: a sample in each of them, or (held out as a whole) two to compare."""
+    for label, name in enumerate(samples.classes):
+        own = part[samples.labels == label]
+        count = f"{len(own)} image{'s' * (len(own) != 1)}"
+        if by == "samples" and (absent := [place for place in SPLITS if place not in own]):
+            raise UserError(
+                f"class {name!r} has {count}, and none of them is in {' and '.join(absent)} · every class stands in "
+                "every split: add images of it, leave it out, or raise `split` of the data set"
+            )
+        if by == "classes" and (len(own) == 0 or (len(own) == 1 and own[0] != TRAIN)):
+            raise UserError(
+                f"class {name!r} has {count}, and where classes are held out one image is to be found by another · add "
+                "images of it, or leave it out"
+            )
 
 
 def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,14 +327,21 @@ def tables(prepared: Path) -> dict[str, pd.DataFrame]:
     manifest["splits_of_content"] = same_content["split"].transform("nunique")
     # The name of a sample with the same content, so that a finding shows pairs.
     manifest["twin"] = same_content["id"].transform(lambda ids: ids.iloc[::-1].to_numpy() if len(ids) > 1 else None)
-    classes = range(len(description["classes"]))
-    everything = pd.MultiIndex.from_product([SPLITS, classes], names=["split", "label"])
-    balance = (
-        manifest.groupby(["split", "label"]).size().reindex(everything, fill_value=0).rename("samples").reset_index()
-    )
+    names = class_names(description)
+    if description["held_out"]:
+        grouped = manifest.groupby("label").agg(
+            split=("split", "first"), samples=("id", "size"), splits=("split", "nunique")
+        )
+        complete = grouped.reindex(range(len(names))).fillna({"split": "none", "samples": 0, "splits": 0})
+        balance = complete.rename_axis("label").reset_index()
+        balance["trained_on"] = balance["split"] == TRAIN
+        balance["of_training"] = balance["label"] < len(description["classes"])
+    else:
+        everything = pd.MultiIndex.from_product([SPLITS, range(len(names))], names=["split", "label"])
+        sizes = manifest.groupby(["split", "label"]).size()
+        balance = sizes.reindex(everything, fill_value=0).rename("samples").reset_index()
     balance["share"] = balance["samples"] / balance.groupby("split")["samples"].transform("sum")
-    names = balance["label"].map(dict(enumerate(description["classes"])))
-    balance.insert(0, "id", balance["split"] + "/" + names)
+    balance.insert(0, "id", balance["split"] + "/" + balance["label"].map(dict(enumerate(names))))
     return {"manifest": manifest, "balance": balance}
 
 
@@ -231,7 +351,7 @@ def expectations(dataset: Any, description: dict[str, Any]) -> dict[str, list[di
     Args:
         dataset: the entry in params.yaml. description: dataset.json.
     """
-    labels = list(range(len(description["classes"])))
+    labels = list(range(len(class_names(description))))
     expect = dataset.expect
     columns = ("id", "split", "label", "height", "width", "sha256", "mean", "spread")
     manifest: list[dict[str, Any]] = [
@@ -256,12 +376,13 @@ def expectations(dataset: Any, description: dict[str, Any]) -> dict[str, list[di
     ]
     if expect.samples is not None:
         manifest.append({"type": "expect_table_row_count_to_equal", "value": expect.samples})
+    held_out = bool(description["held_out"])
     balance: list[dict[str, Any]] = [
         {
             "type": "expect_column_values_to_be_between",
             "column": "samples",
             "min_value": 1,
-            "description": "every class has a sample in every split",
+            "description": "every class has a sample" + ("" if held_out else " in every split"),
         },
         {
             "type": "expect_column_values_to_be_between",
@@ -270,6 +391,21 @@ def expectations(dataset: Any, description: dict[str, Any]) -> dict[str, list[di
             "max_value": expect.largest_class,
         },
     ]
+    if held_out:
+        balance += [
+            {
+                "type": "expect_column_values_to_be_between",
+                "column": "splits",
+                "max_value": 1,
+                "description": "no class stands in two splits",
+            },
+            {
+                "type": "expect_column_pair_values_to_be_equal",
+                "column_A": "trained_on",
+                "column_B": "of_training",
+                "description": "exactly the first classes are trained on",
+            },
+        ]
     return {"manifest": manifest, "balance": balance}
 
 
@@ -277,6 +413,11 @@ def describe(prepared: Path) -> dict[str, Any]:
     """dataset.json of a prepared data set."""
     description: dict[str, Any] = json.loads((prepared / "dataset.json").read_text(encoding="utf-8"))
     return description
+
+
+def class_names(description: dict[str, Any]) -> list[str]:
+    """The name of every label: of the classes of training, then of those held out."""
+    return [*description["classes"], *description["held_out"]]
 
 
 # Batches. torch is imported inside: preparing and validating do not need it, and every stage pays its imports.

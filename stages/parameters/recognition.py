@@ -9,11 +9,27 @@ from stages.parameters.shared import Count, Positive, Rate, Real, Section, Share
 
 
 class Split(Section):
-    """How many samples are held out, taken from every class in proportion."""
+    """What is held out: so many samples, taken from every class in proportion, or (`by: classes`) so many classes.
 
+    By classes, in the order of their labels, the last `test` are the test split, the `validation` before them the
+    validation split, and the others are trained on: the protocol of RKD (Park et al., CVPR 2019) for CUB and Cars.
+    `seed` draws samples and, for verification, pairs.
+    """
+
+    by: Literal["samples", "classes"] = "samples"
     validation: Positive
     test: Positive
     seed: Count = 0
+
+
+class Verification(Section):
+    """Pairs of images: are both of one class (one face)? A threshold is chosen on all folds but the one it is tried on.
+
+    `pairs` is a list of pairs in the source, in the format of LFW's View 2 (pairs.txt); without it pairs are drawn.
+    """
+
+    folds: Annotated[Whole, Field(ge=2)] = 10
+    pairs: str | None = None
 
 
 class Expectation(Section):
@@ -24,31 +40,57 @@ class Expectation(Section):
     largest_class: Share = 1.0
 
 
+class Keys(Section):
+    """What the arrays of a file are called: images (N, H, W) or (N, H, W, 3) uint8, labels (N,) whole numbers."""
+
+    images: str = "images"
+    labels: str = "labels"
+
+
 class Dataset(shared.Dataset):
     """Images with one label each.
 
     `format: csv` reads `file`, rows of pixels followed by the label; `format: folder` reads one folder of images
-    per class. `image_size` is the side of the square images after preparation, in pixels.
+    per class, out of `folder`; `format: arrays` reads `file`, a .npz with the arrays that `keys` names. `image_size` is
+    the side of the square images after preparation, in pixels. `classes` are in the order of their labels.
     """
 
     task: Literal["recognition"]
     encoder: Literal["none"]
-    format: Literal["csv", "folder"]
+    format: Literal["csv", "folder", "arrays"]
     file: str | None = None
+    folder: str = "."
+    keys: Keys = Keys()
     image_size: Annotated[Whole, Field(ge=4)]
     channels: Literal[1, 3]
     classes: list[str] | None = None
     split: Split
+    verification: Verification | None = None
     expect: Expectation = Expectation()
 
     @model_validator(mode="after")
     def _fields_of_its_format(self) -> "Dataset":
         if self.format == "csv" and (self.file is None or self.classes is None):
             raise ValueError("format 'csv' needs 'file' and 'classes' (the names of the labels 0, 1, ...)")
+        if self.format == "arrays" and self.file is None:
+            raise ValueError("format 'arrays' needs 'file', a .npz with images and labels")
         if self.format == "folder" and self.file is not None:
             raise ValueError("format 'folder' takes no 'file': it reads one folder of images per class")
+        for name, owner in (("folder", "folder"), ("keys", "arrays")):
+            if name in self.model_fields_set and self.format != owner:
+                raise ValueError(f"format {self.format!r} takes no {name!r}: it belongs to format {owner!r}")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("'classes' names a class twice")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_of_held_out_classes(self) -> "Dataset":
+        if self.verification is None:
+            return self
+        if self.verification.pairs is None and self.split.by != "classes":
+            raise ValueError("'verification' needs 'split.by: classes', or 'verification.pairs', a list of pairs")
+        if self.verification.pairs is not None and self.format != "folder":
+            raise ValueError("'verification.pairs' needs format 'folder': it names folders and numbers of files")
         return self
 
 
