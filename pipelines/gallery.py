@@ -3,10 +3,10 @@
     enrol       adds images to a gallery: those of FOLDER/NAME/ for every NAME, or with --name all of FOLDER for one
     search      says per image which people of the gallery are most alike, or `nobody`
 
-An image may have any size from the student's on. It is read as a folder of a data set is: turned as its camera says, cut
-to a square in the middle; then it is reduced as the served student does it. Two images are as alike as the cosine of the
-angle between their embeddings, and a person is as alike as the most similar image of that name. From which similarity on
-two images show the same person depends on the student: choose --threshold on pairs of your own.
+An image may have any size from the student's on. It is read as a folder of a data set is: turned as its camera says,
+cut to a square in the middle; then it is reduced as the served student does it. Two images are as alike as the cosine
+of the angle between their embeddings, and a person is as alike as the most similar image of that name. From which
+similarity on two images show the same person depends on the student: choose --threshold on pairs of your own.
 
 A gallery is one .npz without pickle. Embeddings of different students cannot be compared: it belongs to the one that it
 was made with, and is made again when the champion changes. Nothing is sent anywhere. It holds personal data.
@@ -20,7 +20,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -146,15 +146,19 @@ def enrol(gallery: Path, folder: Path, name: str | None, known: Recogniser) -> N
                     "what a gallery holds goes when it is made anew"
                 )
         if rows:
-            found = [embed(reduced, known), *map(np.array, zip(*rows, strict=True))]
-            if before:
-                found = [np.concatenate([getattr(before, name), new]) for name, new in zip(ROWS, found, strict=True)]
-            origin = before or known
-            write(gallery, Gallery(*found, origin.model, origin.version, origin.onnx_sha256))
+            names, files, digests = map(np.array, zip(*rows, strict=True))
+            new = Gallery(embed(reduced, known), names, files, digests, known.model, known.version, known.onnx_sha256)
+            write(gallery, joined(before, new) if before else new)
     print(
-        f"{len(rows)} image(s) enrolled, {len(people) - len(rows)} there already: {gallery} holds {len(whose)} image(s) "
+        f"{len(rows)} image(s) enrolled, {len(people) - len(rows)} known already: {gallery} has {len(whose)} image(s) "
         f"of {len(set(whose.values()))} name(s), by version {known.version} of {known.model!r}"
     )
+
+
+def joined(one: Gallery, other: Gallery) -> Gallery:
+    """Both galleries of one student, the rows of `one` first."""
+    rows = {name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in ROWS}
+    return replace(other, **rows)
 
 
 def search(gallery: Path, images: Sequence[Path], top: int, known: Recogniser) -> list[list[Place]]:
@@ -262,12 +266,14 @@ def read(file: Path, known: Recogniser) -> Gallery:
     if not sound or embeddings.dtype != np.float32 or embeddings.ndim != 2 or not np.isfinite(embeddings).all():
         held = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
         raise UserError(f"{file} is no gallery: it holds {held} · make it anew: {ENROL}")
-    gallery = Gallery(**{name: arrays[name] for name in ROWS}, **{name: str(arrays[name]) for name in ORIGIN})
+    names, files, digests, *origin = text
+    model, version, onnx_sha256 = map(str, origin)
+    gallery = Gallery(embeddings, names, files, digests, model, version, onnx_sha256)
     if gallery.onnx_sha256 != known.onnx_sha256:
         raise UserError(
             f"{file} was made with version {gallery.version} of {gallery.model!r} (sha256 of its network "
             f"{gallery.onnx_sha256}), asked is version {known.version} of {known.model!r} ({known.onnx_sha256}): their "
-            f"embeddings cannot be compared · enrol again into a new gallery, or name the former with --model and --alias"
+            f"embeddings cannot be compared · enrol again into a new gallery, or ask the former: --model, --alias"
         )
     return gallery
 

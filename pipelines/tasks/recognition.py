@@ -35,7 +35,7 @@ def signature(description: Mapping[str, Any]) -> "ModelSignature":
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
     from mlflow.types.schema import Array, Map
 
-    answer = [ColSpec(Array(DataType.double), "embedding")]
+    answer: list[ColSpec | TensorSpec] = [ColSpec(Array(DataType.double), "embedding")]
     if description["interface"]["classes"]:
         answer += [
             ColSpec("string", "label"),
