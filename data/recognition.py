@@ -18,9 +18,9 @@ import json
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = ("validation", "test")
 SPLITS = (TRAIN, *HELD_OUT)
+PAIR_COLUMNS = ("split", "fold", "first", "second", "same")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
@@ -228,7 +229,7 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
 
     Raises:
         UserError: the source cannot be read; more is held out than there is; a class lacks samples for what is done
-            with it.
+            with it; pairs cannot be made of it, or are not those of a list.
     """
     size, channels = dataset.image_size, dataset.channels
     if dataset.format == "csv":
@@ -237,12 +238,17 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
         samples = read_arrays(raw / dataset.file, dataset.keys, size, channels, dataset.classes)
     else:
         samples = read_folder(raw / dataset.folder, size, channels, dataset.classes)
+    verification, listed = dataset.verification, None
+    if verification is not None and verification.pairs is not None:
+        listed = read_pairs(raw / verification.pairs, verification.folds, samples)
+        if dataset.split.by == "classes" and dataset.classes is None:
+            samples = named_last(samples, listed)
     wanted = {name: getattr(dataset.split, name) for name in HELD_OUT}
     if dataset.split.by == "classes":
         part, trained = split_by_classes(samples.labels, len(samples.classes), wanted), -sum(wanted.values())
     else:
         part, trained = split(samples.labels, wanted, dataset.split.seed), len(samples.classes)
-    _check_classes(samples, part, dataset.split.by)
+    _check_classes(samples, part, dataset.split.by, alone=listed is not None)
     total, squares = _moments(samples.images)
     mean, spread = _mean_and_spread(total.sum(1), squares.sum(1), samples.images[0].size)
     manifest = pd.DataFrame(
@@ -260,6 +266,16 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
     manifest.to_csv(output / "manifest.csv", index=False, lineterminator="\n")
     np.save(output / "images.npy", samples.images)
     np.save(output / "labels.npy", samples.labels)
+    counts = None
+    if verification is not None:
+        if listed is None:
+            chosen = draw_pairs(samples.labels, part, verification.folds, dataset.split.seed)
+        else:
+            chosen = _within_splits(listed, part, samples, raw / verification.pairs)
+        counts = chosen["split"].value_counts()
+        ids = np.array(samples.ids, dtype=object)
+        chosen = chosen.assign(first=ids[chosen["first"]], second=ids[chosen["second"]])
+        chosen[list(PAIR_COLUMNS)].to_csv(output / "pairs.csv", index=False, lineterminator="\n")
     train = part == TRAIN
     pixels = int(train.sum()) * size**2
     mean, spread = _mean_and_spread(total[train].sum(0), squares[train].sum(0), pixels)
@@ -274,14 +290,20 @@ def prepare(raw: Path, dataset: Any, output: Path, provenance: dict[str, Any]) -
             # A channel that never changes would be divided by zero.
             "std": np.maximum(spread, 1e-3).tolist(),
             "samples": {name: int((part == name).sum()) for name in SPLITS},
-            "verification": None,
+            "verification": None
+            if counts is None
+            else {"folds": verification.folds, "pairs": {name: int(counts[name]) for name in SPLITS if name in counts}},
             "source": provenance,
         },
     )
 
 
-def _check_classes(samples: Samples, part: np.ndarray, by: str) -> None:
-    """Every class has what its splits need: a sample in each of them, or (held out as a whole) two to compare."""
+def _check_classes(samples: Samples, part: np.ndarray, by: str, alone: bool) -> None:
+    """Every class has what its splits need: a sample in each of them, or (held out as a whole) two to compare.
+
+    Args:
+        alone: whether a class that is held out may have one sample, as in lists of pairs of different classes.
+    """
     for label, name in enumerate(samples.classes):
         own = part[samples.labels == label]
         count = f"{len(own)} image{'s' * (len(own) != 1)}"
@@ -290,11 +312,140 @@ def _check_classes(samples: Samples, part: np.ndarray, by: str) -> None:
                 f"class {name!r} has {count}, and none of them is in {' and '.join(absent)} · every class stands in "
                 "every split: add images of it, leave it out, or raise `split` of the data set"
             )
-        if by == "classes" and (len(own) == 0 or (len(own) == 1 and own[0] != TRAIN)):
+        if by == "classes" and (len(own) == 0 or (len(own) == 1 and own[0] != TRAIN and not alone)):
             raise UserError(
                 f"class {name!r} has {count}, and where classes are held out one image is to be found by another · add "
                 "images of it, or leave it out"
             )
+
+
+# Pairs, for verification
+
+
+def read_pairs(file: Path, folds: int, samples: Samples) -> pd.DataFrame:
+    """A list of pairs in the format of LFW's View 2 (Huang et al., 2007), for samples of `read_folder`.
+
+    Its first line holds the number of folds and of pairs, of one class and of two, in each. Then every fold has so many
+    lines "name i j" and so many "name i other j": images i and j of those folders, of files like NAME_0001.jpg.
+
+    Returns:
+        A row per pair: fold (from 0), first and second (rows of `samples`), same (1 or 0), line (of the file, from 1).
+
+    Raises:
+        UserError: the file is missing, has another number of folds or of lines, or names an image that there is not.
+    """
+    try:
+        header, *lines = file.read_bytes().decode("utf-8-sig").rstrip().splitlines()
+        there, each = (int(word) for word in header.split())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file} is no list of pairs ({error}) · its first line holds two numbers, of folds and of pairs in each; "
+            "correct `verification.pairs` of the data set"
+        ) from None
+    if (there, len(lines)) != (folds, 2 * each * folds) or each < 1:
+        raise UserError(
+            f"{file} announces {there} folds of {each} pairs of one class and {each} of two, and has {len(lines)} "
+            f"pairs; `verification.folds` of the data set is {folds} · set it to what the list has, or complete the list"
+        )
+    place = {(samples.classes[samples.labels[row]], Path(name).stem): row for row, name in enumerate(samples.ids)}
+
+    def find(line: int, name: str, number: str) -> int:
+        if name not in known:
+            raise UserError(f"{file}, line {line}: no class is called {name!r} · correct the line, or add its images")
+        stem = f"{name}_{number.zfill(4)}"
+        if (name, stem) not in place:
+            raise UserError(f"{file}, line {line}: class {name!r} has no image {stem} · correct the line, or add it")
+        return place[name, stem]
+
+    known, rows = set(samples.classes), []
+    for index, line in enumerate(lines):
+        same = index % (2 * each) < each
+        words = line.split("\t") if "\t" in line else line.split()
+        if len(words) != (3 if same else 4):
+            raise UserError(
+                f"{file}, line {index + 2}: {line.strip()!r} has {len(words)} columns, but a pair of "
+                + ("one class has 3: name, number, number" if same else "two has 4: name, number, name, number")
+                + " · correct the line"
+            )
+        first = find(index + 2, words[0], words[1])
+        second = find(index + 2, words[0] if same else words[2], words[-1])
+        rows.append((index // (2 * each), first, second, int(same), index + 2))
+    return pd.DataFrame(rows, columns=["fold", "first", "second", "same", "line"], dtype=np.int64)
+
+
+def named_last(samples: Samples, listed: pd.DataFrame) -> Samples:
+    """The same samples, with the labels of the classes that a list of pairs names after all others.
+
+    Otherwise no list would fit: it names classes from everywhere in the alphabet, and the last ones are tested on.
+    """
+    named = np.zeros(len(samples.classes), dtype=bool)
+    named[samples.labels[listed[["first", "second"]].to_numpy().ravel()]] = True
+    order = np.argsort(named, kind="stable")
+    return replace(samples, labels=np.argsort(order)[samples.labels], classes=[samples.classes[old] for old in order])
+
+
+def _within_splits(listed: pd.DataFrame, part: np.ndarray, samples: Samples, file: Path) -> pd.DataFrame:
+    """The pairs of a list with their split, which is that of both images."""
+    first, second = part[listed["first"]], part[listed["second"]]
+    if (apart := first != second).any():
+        row = listed[apart].iloc[0]
+        named = len(np.unique(samples.labels[listed[["first", "second"]].to_numpy().ravel()]))
+        raise UserError(
+            f"{file}, line {row['line']}: {samples.ids[row['first']]} is in {first[apart][0]} and "
+            f"{samples.ids[row['second']]} in {second[apart][0]} ({apart.sum()} of {len(listed)} pairs stand in two "
+            f"splits) · with `split.by: classes`, `split.test: {named}` and no `classes` all of the list are tested on"
+        )
+    return listed.assign(split=first)
+
+
+def draw_pairs(labels: np.ndarray, part: np.ndarray, folds: int, seed: int) -> pd.DataFrame:
+    """Pairs of the splits that are held out: all of one class, and as many of two (all, where there are fewer).
+
+    The classes of a split are dealt into the folds in turn, and both images of a pair are of one fold: a threshold is
+    tried on classes that had no part in choosing it.
+
+    Args:
+        labels: (N,) integers, a class being in one split only. part: (N,) names of splits.
+
+    Returns:
+        A row per pair: split, fold (from 0), first and second (rows, first < second in the order of labels), same.
+
+    Raises:
+        UserError: a split has too few classes for two in every fold.
+    """
+    tables = []
+    for name in HELD_OUT:
+        generator = np.random.default_rng([seed, SPLITS.index(name)])
+        classes = np.unique(labels[part == name])
+        if len(classes) < 2 * folds:
+            raise UserError(
+                f"the {len(classes)} classes of split.{name} make no {folds} folds of two at least · hold {2 * folds} "
+                f"out, or lower `verification.folds` of the data set to {len(classes) // 2}"
+            )
+        for fold in range(folds):
+            own = [np.flatnonzero(labels == label) for label in classes[fold::folds]]
+            same = np.concatenate([rows[np.stack(np.triu_indices(len(rows), 1))] for rows in own], axis=1)
+            different = _of_two_classes(own, same.shape[1], generator)
+            both = np.concatenate([same, different], axis=1)
+            kind = np.arange(both.shape[1]) < same.shape[1]
+            tables.append(
+                pd.DataFrame(
+                    {"split": name, "fold": fold, "first": both[0], "second": both[1], "same": kind.astype(np.int64)}
+                )
+            )
+    return pd.concat(tables, ignore_index=True)
+
+
+def _of_two_classes(rows: Sequence[np.ndarray], count: int, generator: np.random.Generator) -> np.ndarray:
+    """(2, count) different pairs of rows of two classes; fewer where there are not so many. Rows are given by class."""
+    everything = np.concatenate(rows)
+    ends = np.cumsum([len(own) for own in rows])
+    end = np.repeat(ends, [len(own) for own in rows])  # where the classes after a row's own begin
+    before = np.concatenate([[0], np.cumsum(len(everything) - end)])
+    # A number per pair, so that no table of all of them is needed.
+    drawn = np.sort(generator.choice(before[-1], min(count, before[-1]), replace=False))
+    first = np.searchsorted(before, drawn, side="right") - 1
+    return everything[np.stack([first, end[first] + drawn - before[first]])]
 
 
 def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -357,7 +508,34 @@ def tables(prepared: Path) -> dict[str, pd.DataFrame]:
         balance = sizes.reindex(everything, fill_value=0).rename("samples").reset_index()
     balance["share"] = balance["samples"] / balance.groupby("split")["samples"].transform("sum")
     balance.insert(0, "id", balance["split"] + "/" + balance["label"].map(dict(enumerate(names))))
-    return {"manifest": manifest, "balance": balance}
+    return {
+        "manifest": manifest,
+        "balance": balance,
+        **({} if description["verification"] is None else _tables_of_pairs(prepared, manifest, description)),
+    }
+
+
+def _tables_of_pairs(prepared: Path, manifest: pd.DataFrame, description: dict[str, Any]) -> dict[str, pd.DataFrame]:
+    """The pairs beside what the manifest says of their images, and how many of both kinds stand in every fold."""
+    table = pd.read_csv(prepared / "pairs.csv", dtype={"split": str, "first": str, "second": str})
+    known = manifest.drop_duplicates("id").set_index("id")
+    labels = [table[name].map(known["label"]) for name in ("first", "second")]
+    for name in ("first", "second"):
+        table[f"split_of_{name}"] = table[name].map(known["split"])
+    table["stored_same"] = (labels[0] == labels[1]).astype(int)
+    both = np.sort(table[["first", "second"]].to_numpy(dtype=str), axis=1)
+    table["with_itself"] = (both[:, 0] == both[:, 1]).astype(int)
+    table["times"] = table.groupby([both[:, 0], both[:, 1]])["fold"].transform("size")
+    table.insert(0, "id", table["first"] + " and " + table["second"])
+    verification = description["verification"]
+    everything = pd.MultiIndex.from_product(
+        [verification["pairs"], range(verification["folds"])], names=["split", "fold"]
+    )
+    grouped = table.groupby(["split", "fold"])["same"].agg(same="sum", pairs="size")
+    folds = grouped.reindex(grouped.index.union(everything), fill_value=0).reset_index()
+    folds["different"] = folds["pairs"] - folds["same"]
+    folds.insert(0, "id", folds["split"] + "/" + folds["fold"].astype(str))
+    return {"pairs": table, "folds": folds}
 
 
 def expectations(dataset: Any, description: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -421,7 +599,39 @@ def expectations(dataset: Any, description: dict[str, Any]) -> dict[str, list[di
                 "description": "exactly the first classes are trained on",
             },
         ]
-    return {"manifest": manifest, "balance": balance}
+    found = {"manifest": manifest, "balance": balance}
+    return found | (_expected_of_pairs(description["verification"]) if description["verification"] is not None else {})
+
+
+def _expected_of_pairs(verification: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    between, equal = "expect_column_values_to_be_between", "expect_column_pair_values_to_be_equal"
+    inside = "both images of a pair are in its split"
+    pairs: list[dict[str, Any]] = [
+        *({"type": "expect_column_values_to_not_be_null", "column": name} for name in PAIR_COLUMNS),
+        {"type": equal, "column_A": "split", "column_B": "split_of_first", "description": inside},
+        {"type": equal, "column_A": "split", "column_B": "split_of_second", "description": inside},
+        {
+            "type": equal,
+            "column_A": "same",
+            "column_B": "stored_same",
+            "description": "a pair is the same exactly if both labels are",
+        },
+        {"type": between, "column": "with_itself", "max_value": 0, "description": "no image is compared with itself"},
+        {"type": between, "column": "times", "max_value": 1, "description": "no pair stands there twice"},
+        {"type": "expect_table_row_count_to_equal", "value": sum(verification["pairs"].values())},
+    ]
+    folds: list[dict[str, Any]] = [
+        {
+            "type": "expect_column_values_to_be_in_set",
+            "column": "fold",
+            "value_set": list(range(verification["folds"])),
+        },
+        *(
+            {"type": between, "column": name, "min_value": 1, "description": f"every fold has pairs of {kind}"}
+            for name, kind in (("same", "one class"), ("different", "two classes"))
+        ),
+    ]
+    return {"pairs": pairs, "folds": folds}
 
 
 def describe(prepared: Path) -> dict[str, Any]:
@@ -447,6 +657,33 @@ def load(prepared: Path, part: str) -> tuple[list[str], "Tensor", "Tensor"]:
     images = np.load(prepared / "images.npy", mmap_mode="r")[rows]
     labels = np.load(prepared / "labels.npy")[rows]
     return manifest["id"].iloc[rows].tolist(), torch.from_numpy(images), torch.from_numpy(labels)
+
+
+class Pairs(NamedTuple):
+    """Pairs of samples of one split, (P,) each.
+
+    Attributes:
+        fold: int64, from 0. first, second: int64, places among the samples as `load` gives them. same: bool, whether
+            both are of one class.
+    """
+
+    fold: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    same: np.ndarray
+
+
+def pairs(prepared: Path, part: str) -> Pairs:
+    """The pairs of one split; none where the data set has no `verification`, or no pairs in that split."""
+    if describe(prepared)["verification"] is None:
+        nothing = np.zeros(0, dtype=np.int64)
+        return Pairs(nothing, nothing, nothing, nothing.astype(bool))
+    table = pd.read_csv(prepared / "pairs.csv", dtype={"split": str, "first": str, "second": str})
+    table = table[table["split"] == part]
+    manifest = pd.read_csv(prepared / "manifest.csv", usecols=["id", "split"], dtype=str)
+    place = pd.Index(manifest["id"][manifest["split"] == part])
+    first, second = (place.get_indexer(table[name]).astype(np.int64) for name in ("first", "second"))
+    return Pairs(table["fold"].to_numpy(np.int64), first, second, table["same"].to_numpy() == 1)
 
 
 def to_unit(images: "Tensor") -> "Tensor":
