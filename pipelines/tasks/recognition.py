@@ -63,32 +63,18 @@ def evaluate(files: Path, description: Mapping[str, Any], prepared: Path) -> pd.
         files: the folder of a version's. description: its model.json. prepared: the data set of today.
     """
     import onnxruntime
+    import torch
 
     from data import recognition as data
+    from stages.evaluate import recognition as evaluation
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(files / ONNX), options, providers=["CPUExecutionProvider"])
     ids, images, labels = data.load(prepared, "test")
     small = data.downsample(data.to_unit(images), description["interface"]["resolution"]).numpy()
-    name = description["input"]["name"]
-    parts = [
-        session.run(["logits", "embedding"], {name: part}) for part in np.split(small, range(256, len(small), 256))
-    ]
-    logits, embedding = (np.concatenate(output) for output in zip(*parts, strict=True))
-    label, prediction = labels.numpy(), logits.argmax(1)
-    rank = same_class_rank(embedding, label)
-    columns = (ids, label, prediction, (prediction == label).astype(int), rank)
-    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
-
-
-def same_class_rank(embedding: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """(N,) the place of the nearest other sample of the same class, as `stages.evaluate.recognition` defines it."""
-    ranks = []
-    for index, point in enumerate(embedding):
-        distance = np.linalg.norm(embedding - point, axis=1)
-        same = label == label[index]
-        same[index], distance[index] = False, np.inf
-        nearest = distance[same].min(initial=np.inf)
-        ranks.append(int(((distance <= nearest) & ~same).sum()) + 1 if same.any() else 0)
-    return np.array(ranks, dtype=np.int64)
+    searched = evaluation.retrieves(description["interface"], data.describe(prepared))
+    wanted, name = ["embedding"] if searched else ["embedding", "logits"], description["input"]["name"]
+    parts = [session.run(wanted, {name: part}) for part in np.split(small, range(256, len(small), 256))]
+    embeddings, *logits = (torch.from_numpy(np.concatenate(output)) for output in zip(*parts, strict=True))
+    return evaluation.table("test", ids, labels, logits[0] if logits else None, embeddings)[COLUMNS]

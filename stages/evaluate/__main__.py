@@ -36,8 +36,8 @@ def main(key: str) -> None:
             results = {split: task.evaluate(network, description, prepared, split, settings) for split in SPLITS}
             figures[name] = {split: result.metrics for split, result in results.items()}
             write_json(metrics / f"{name}.json", figures[name])
-            for kind in ("samples", "classes"):
-                table = pd.concat([getattr(result, kind) for result in results.values()])
+            for kind in results[SPLITS[0]].tables:
+                table = pd.concat([result.tables[kind] for result in results.values()])
                 table.to_csv(details / f"{name}.{kind}.csv", index=False, lineterminator="\n")
             command.log.info("evaluate %s: %s, test %s", key, name, json.dumps(figures[name]["test"]))
         write_json(details / "models.json", weights)

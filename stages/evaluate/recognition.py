@@ -1,86 +1,190 @@
-"""Recognition: top-1, per-class accuracy, Recall@K of the embedding, calibration."""
+"""Recognition: top-1, per-class accuracy, calibration; Recall@K of the embedding, MAP@R, NMI, pairs, a gallery."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import recognition as data
+from data.errors import UserError
 from models.artifacts import Description
+from stages.evaluate import retrieval
 from stages.evaluate.calibration import expected_calibration_error
 from stages.evaluate.result import Result
 from stages.parameters.recognition import Task
 
 RECALL_AT = (1, 2, 4, 8)
+FALSE_ACCEPTS = (0.1, 0.01, 0.001)
+# Of every sample, by their rows in the split.
+NEIGHBOURS = 5
+
+
+def retrieves(interface: Mapping[str, Any], dataset: Mapping[str, Any]) -> bool:
+    """Whether a model answers by the nearest sample: it knows no classes, or those of the split are none of them.
+
+    Args:
+        interface: of a model's description. dataset: dataset.json.
+    """
+    return not interface["classes"] or bool(dataset["held_out"])
 
 
 def evaluate(network: nn.Module, description: Description, prepared: Path, split: str, settings: Task) -> Result:
     """All figures of one model on one split.
 
+    Where classes are held out, and of a model that knows no classes, `recall_at_1` and so on, `map_at_r` and `nmi`;
+    else `top_1`, `worst_class`, `recall_at_1` and so on, and `calibration_error`. Where the data set has pairs of this
+    split also `verification` and `verification_error` (its standard error over folds), `tar_at_far_0.1` and so on, and
+    `rank_1`. The table `resolutions` says what the main figure and `rank_1` are at each of `settings.resolutions`.
+
     Args:
         network: in eval mode; it is fed images at the resolution of its description.
+
+    Raises:
+        UserError: an answer is the nearest sample, and no class has two samples in the split.
     """
+    dataset = data.describe(prepared)
     ids, images, labels = data.load(prepared, split)
+    side, searched = description.interface["resolution"], retrieves(description.interface, dataset)
+    if searched and labels.bincount().max() < 2:
+        raise UserError(
+            f"the {split} split of {prepared.name!r} has no two images of a class, so that none can find another "
+            f"({prepared}) · hold out more: split.{split} of the data set"
+        )
+    logits, embeddings = _outputs(network, images, side, settings.batch)
+    labels = labels.to(embeddings.device)
+    samples = table(split, ids, labels, None if searched else logits, embeddings)
+    classes = _by_class(samples, data.class_names(dataset), searched)
+    if searched:
+        metrics = _recall(samples) | retrieval.clustering(embeddings, labels, settings.seed)
+    else:
+        confidence, correct = logits.softmax(1).amax(1).cpu(), torch.from_numpy(samples["correct"].to_numpy() == 1)
+        metrics = {
+            "top_1": correct.double().mean().item(),
+            "worst_class": float(classes["accuracy"].min()),
+            **_recall(samples),
+            "calibration_error": expected_calibration_error(confidence, correct),
+        }
+    pairs = data.pairs(prepared, split) if dataset["verification"] else None
+    verified = pairs is not None and len(pairs) > 0
+    if pairs is not None and verified:
+        metrics |= _verification(embeddings, labels, ids, pairs)
+    further = {}
+    if settings.resolutions:
+        rows = []
+        for resolution in settings.resolutions:
+            if resolution > images.shape[-1]:
+                continue
+            few, seen = _outputs(network, images, side, settings.batch, resolution)
+            found = {"split": split, "resolution": resolution}
+            if searched:
+                found |= _recall(table(split, ids, labels, None, seen), (1,))
+            else:
+                found["top_1"] = (few.argmax(1) == labels).double().mean().item()
+            if searched or verified:
+                found["rank_1"] = retrieval.rank_1(embeddings, seen, labels)
+            rows.append(found)
+        further["resolutions"] = pd.DataFrame(rows).round(6)
+    return Result({name: round(value, 6) for name, value in metrics.items()}, samples, classes, further)
+
+
+def table(split: str, ids: list[str], labels: Tensor, logits: Tensor | None, embeddings: Tensor) -> pd.DataFrame:
+    """A row per sample: what it is taken for, and what lies near it.
+
+    `prediction` is the likeliest class; without logits that of the nearest other sample, and there is no `confidence`.
+    `neighbours` are the nearest others by their rows in the split, the nearest first, with spaces between.
+
+    Args:
+        labels: (N,). logits: (N, classes). embeddings: (N, D) float32.
+    """
+    near = retrieval.nearest(embeddings, labels, NEIGHBOURS)
+    if logits is None:
+        prediction, confidence = labels[near[:, 0]], torch.full(labels.shape, float("nan"))
+    else:
+        confidence, prediction = logits.softmax(1).max(1)
+    return pd.DataFrame(
+        {
+            "split": split,
+            "id": ids,
+            "label": labels.cpu().numpy(),
+            "prediction": prediction.cpu().numpy(),
+            "confidence": confidence.double().cpu().round(decimals=6).numpy(),
+            "correct": (prediction == labels).int().cpu().numpy(),
+            "same_class_rank": retrieval.same_class_rank(embeddings, labels).cpu().numpy(),
+            "neighbours": [" ".join(map(str, row)) for row in near.tolist()],
+        }
+    )
+
+
+def _outputs(
+    network: nn.Module, images: Tensor, side: int, batch: int, resolution: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) and embeddings (N, D), float32.
+
+    Args:
+        images: (N, C, H, W) uint8. side: of what the network takes. resolution: that images are reduced to first.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device)
     logits, embeddings = [], []
     with torch.inference_mode():
-        for part in images.split(settings.batch):
-            small = data.downsample(data.to_unit(part.to(device)), description.interface["resolution"])
-            output = network(small)
+        for part in images.split(batch):
+            seen = data.to_unit(part.to(device))
+            output = network(_brought_to(seen if resolution is None else data.downsample(seen, resolution), side))
             logits.append(output.logits.float())
             embeddings.append(output.embedding.float())
-        probabilities = torch.cat(logits).softmax(1)
-        rank = same_class_rank(torch.cat(embeddings), labels.to(device)).cpu()
-    confidence, prediction = (tensor.cpu() for tensor in probabilities.max(1))
-    correct = prediction == labels
-    names = description.interface["classes"]
-    samples = pd.DataFrame(
-        {
-            "split": split,
-            "id": ids,
-            "label": labels.numpy(),
-            "prediction": prediction.numpy(),
-            "confidence": confidence.double().round(decimals=6).numpy(),
-            "correct": correct.int().numpy(),
-            "same_class_rank": rank.numpy(),
-        }
-    )
-    grouped = samples.groupby("label")["correct"]
+    return torch.cat(logits), torch.cat(embeddings)
+
+
+def _brought_to(images: Tensor, side: int) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] as a network takes them: reduced as in training, or enlarged.
+
+    Source: HORKD card 3.7 (resize_back) and 6 (a teacher applied to enlarged images), a decision of this project.
+    """
+    if side <= images.shape[-1]:
+        return data.downsample(images, side)
+    return F.interpolate(images, (side, side), mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def _recall(samples: pd.DataFrame, recall_at: tuple[int, ...] = RECALL_AT) -> dict[str, float]:
+    """Of the samples whose class has another: nobody can be found where every class has one sample."""
+    rank = samples["same_class_rank"]
+    comparable = rank[rank > 0]
+    return {f"recall_at_{k}": float((comparable <= k).mean()) for k in recall_at} if len(comparable) else {}
+
+
+def _by_class(samples: pd.DataFrame, names: list[str], searched: bool) -> pd.DataFrame:
+    """A row per class of the split; no accuracy where the others are searched, and there is no other."""
+    asked = samples["same_class_rank"] > 0 if searched else samples["label"] >= 0
+    grouped = samples.assign(correct=samples["correct"].where(asked)).groupby("label")["correct"]
     classes = pd.DataFrame(
-        {"split": split, "samples": grouped.size(), "accuracy": grouped.mean().round(6)}
+        {
+            "split": samples["split"].iloc[0],
+            "samples": samples.groupby("label").size(),
+            "accuracy": grouped.mean().round(6),
+        }
     ).reset_index()
     classes.insert(1, "class", [names[label] for label in classes["label"]])
-    comparable = rank[rank > 0]
-    recall_at = RECALL_AT if len(comparable) else ()  # nobody can be found where every class has one sample
-    metrics = {
-        "top_1": correct.double().mean().item(),
-        "worst_class": float(classes["accuracy"].min()),
-        **{f"recall_at_{k}": (comparable <= k).double().mean().item() for k in recall_at},
-        "calibration_error": expected_calibration_error(confidence, correct),
-    }
-    return Result({name: round(value, 6) for name, value in metrics.items()}, samples, classes)
+    return classes
 
 
-def same_class_rank(embeddings: Tensor, labels: Tensor, chunk: int = 1024) -> Tensor:
-    """(N,) int64: the place, from 1, of the nearest other sample of the same class among all other samples.
-
-    0 where the class has no other sample. Neighbours by Euclidean distance, leave-one-out; among equals the other
-    classes come first, so that embeddings that collapsed find nothing. Recall@K is the share of ranks <= K.
+def _verification(embeddings: Tensor, labels: Tensor, ids: list[str], pairs: pd.DataFrame) -> dict[str, float]:
+    """What can be said of pairs, and of a gallery.
 
     Args:
-        embeddings: (N, D). labels: (N,).
+        pairs: fold, first and second (ids), same.
     """
-    ranks = []
-    for start in range(0, len(embeddings), chunk):
-        rows = slice(start, start + chunk)
-        distance = torch.cdist(embeddings[rows], embeddings, compute_mode="donot_use_mm_for_euclid_dist")
-        own = torch.arange(start, start + len(distance), device=distance.device)
-        distance[torch.arange(len(distance)), own] = float("inf")
-        same = labels[rows, None] == labels[None, :]
-        same[torch.arange(len(distance)), own] = False
-        nearest = distance.masked_fill(~same, float("inf")).amin(1, keepdim=True)
-        closer = ((distance <= nearest) & ~same).sum(1)
-        ranks.append(torch.where(same.any(1), closer + 1, 0))
-    return torch.cat(ranks)
+    place = {name: row for row, name in enumerate(ids)}
+    unit = retrieval.cosine(embeddings).cpu()
+    first, second = ([place[name] for name in pairs[side]] for side in ("first", "second"))
+    similarity = (unit[first] * unit[second]).sum(1).numpy()
+    same, fold = pairs["same"].to_numpy() == 1, pairs["fold"].to_numpy()
+    mean, error = retrieval.verification(similarity, same, fold)
+    found = {"verification": mean, "verification_error": error}
+    accepted = retrieval.true_accepts(embeddings, labels, FALSE_ACCEPTS)
+    found |= {f"tar_at_far_{rate:g}": value for rate, value in zip(FALSE_ACCEPTS, accepted, strict=False)}
+    identified = retrieval.rank_1(embeddings, embeddings, labels)
+    return found if identified is None else {**found, "rank_1": identified}

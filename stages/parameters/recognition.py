@@ -331,10 +331,22 @@ class Export(shared.Export):
 
 
 class Task(shared.Task):
-    """What holds for the whole task. `batch` and `threads` are those of evaluation."""
+    """What holds for the whole task. `batch` and `threads` are those of evaluation, `seed` that of its k-means.
+
+    `resolutions`: every model is also shown images that were reduced to so many pixels before they are brought to its
+    own size; those above a data set's own size are left out.
+    """
 
     batch: Positive = 256
     threads: Positive = 1
+    seed: Count = 0
+    resolutions: list[Annotated[Whole, Field(ge=2)]] = []
+
+    @model_validator(mode="after")
+    def _different_resolutions(self) -> "Task":
+        if len(set(self.resolutions)) != len(self.resolutions):
+            raise ValueError("'resolutions' names one twice")
+        return self
 
 
 class Gates(shared.Gates):

@@ -136,6 +136,7 @@ class Small:
         manifest = self.put(f"{prepared}/manifest.csv", pd.DataFrame(rows).to_csv(index=False))
         np.save(self.folder / prepared / "images.npy", np.stack(images))
         np.save(self.folder / prepared / "labels.npy", np.array(labels))
+        self.put(f"{prepared}/dataset.json", {"classes": CLASSES, "held_out": []})
         proof = {"dataset": "tiny", "task": self.task, "manifest": sha256(manifest)}
         self.put(f"data/validated/{self.task}/tiny.json", proof)
         return sha256(manifest)

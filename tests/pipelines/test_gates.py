@@ -477,18 +477,6 @@ def test_an_onnx_file_is_evaluated_as_the_stage_does(project: Small) -> None:
     pd.testing.assert_frame_equal(found[columns], wanted[columns], check_dtype=False)
 
 
-def test_ranks_are_those_of_evaluation() -> None:
-    import torch
-
-    from stages.evaluate.recognition import same_class_rank
-
-    generator = np.random.default_rng(0)
-    points, label = generator.normal(size=(60, 3)).round(1).astype(np.float32), generator.integers(0, 5, 60)
-    label[0] = 9  # alone in its class
-    wanted = same_class_rank(torch.from_numpy(points).double(), torch.from_numpy(label)).numpy()
-    np.testing.assert_array_equal(recognition.same_class_rank(points.astype(np.float64), label), wanted)
-
-
 def test_the_digest_of_test_data_moves_with_it_alone(project: Small) -> None:
     manifest = pd.read_csv(f"data/prepared/{TASK}/tiny/manifest.csv")
     before = digest_of_test(manifest)

@@ -19,8 +19,9 @@ from data.files import write_json
 from models.artifacts import Description
 from models.recognition import Output
 from stages.evaluate.calibration import BINS, expected_calibration_error
-from stages.evaluate.recognition import RECALL_AT, evaluate, same_class_rank
+from stages.evaluate.recognition import RECALL_AT, evaluate
 from stages.evaluate.result import Result
+from stages.evaluate.retrieval import same_class_rank
 from stages.parameters.recognition import Task
 
 
@@ -218,6 +219,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     np.save(tmp_path / "labels.npy", labels)
     ids = [f"image {index}" for index in range(count)]
     pd.DataFrame({"id": ids, "split": SPLIT}).to_csv(tmp_path / "manifest.csv", index=False)
+    write_json(tmp_path / "dataset.json", {"classes": CLASSES, "held_out": [], "verification": None})
     return {"prepared": tmp_path, "labels": labels, "logits": logits, "embeddings": embeddings}
 
 
@@ -268,6 +270,9 @@ def test_every_figure_is_that_of_a_slow_computation(case: dict[str, Any], split:
     assert samples["confidence"].to_numpy() == pytest.approx(sure, abs=2e-6)
     assert samples["correct"].tolist() == [int(hit) for hit in right]
     assert samples["same_class_rank"].tolist() == ranks
+    for i, near in enumerate(samples["neighbours"]):
+        others = sorted((math.dist(embeddings[i], embeddings[j]), j) for j in range(len(labels)) if j != i)
+        assert near == " ".join(str(j) for _, j in others[:5])
     classes = result.classes
     assert classes["class"].tolist() == [CLASSES[label] for label in per_class]
     assert classes["samples"].tolist() == [len(hits) for hits in per_class.values()]
