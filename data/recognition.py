@@ -408,7 +408,7 @@ def draw_pairs(labels: np.ndarray, part: np.ndarray, folds: int, seed: int) -> p
         labels: (N,) integers, a class being in one split only. part: (N,) names of splits.
 
     Returns:
-        A row per pair: split, fold (from 0), first and second (rows, first < second in the order of labels), same.
+        A row per pair: split, fold (from 0), first and second (rows; of two labels the lower is first), same (1 or 0).
 
     Raises:
         UserError: a split has too few classes for two in every fold.

@@ -97,8 +97,8 @@ def test_both_splits_draw_for_themselves() -> None:
     labels = np.repeat(np.arange(20), 6)
     few = draw_pairs(labels, np.repeat(["train", "validation", "test"], [72, 24, 24]).astype(object), 2, 0)
     many = draw_pairs(labels, np.repeat(["train", "validation", "test"], [48, 48, 24]).astype(object), 2, 0)
-    tables = [table[table["split"] == "test"].reset_index(drop=True) for table in (few, many)]
-    pd.testing.assert_frame_equal(*tables)
+    first, second = (table[table["split"] == "test"].reset_index(drop=True) for table in (few, many))
+    pd.testing.assert_frame_equal(first, second)
     assert not draw_pairs(labels, np.repeat(["train", "validation", "test"], [72, 24, 24]).astype(object), 2, 1).equals(
         few
     )
@@ -233,6 +233,34 @@ def test_a_pair_in_two_splits_is_refused_with_what_to_hold_out(tmp_path: Path) -
         people(tmp_path, split=by_classes(1, 3))
 
 
+def test_a_list_may_stand_beside_a_split_by_samples(tmp_path: Path) -> None:
+    """Pairs are then of people who are trained on, in whatever split both of their images are."""
+    for place, name in enumerate(("Ann_A", "Bob_B")):
+        for number in range(1, 21):
+            path = tmp_path / name / f"{name}_{number:04d}.png"
+            path.parent.mkdir(exist_ok=True)
+            pixels = np.random.default_rng([place, number]).integers(0, 256, (4, 4), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    fields: dict[str, Any] = {"format": "folder", "split": {"validation": 10, "test": 10}}
+    for name in ("plain", "listed", "apart"):
+        (tmp_path / f".{name}").mkdir()
+    prepare(tmp_path, dataset(**fields), tmp_path / ".plain", PROVENANCE)
+    lines = ["2\t1"]
+    fields["verification"] = {"folds": 2, "pairs": "pairs.txt"}
+    for part in ("validation", "test"):
+        own = {name: [file[-8:-4] for file in load(tmp_path / ".plain", part)[0] if name in file] for name in PEOPLE}
+        lines += [f"Ann_A\t{own['Ann_A'][0]}\t{own['Ann_A'][1]}", f"Ann_A\t{own['Ann_A'][0]}\tBob_B\t{own['Bob_B'][0]}"]
+    (tmp_path / "pairs.txt").write_text("\n".join(lines))
+    prepare(tmp_path, dataset(**fields), tmp_path / ".listed", PROVENANCE)
+    assert describe(tmp_path / ".listed")["verification"] == {"folds": 2, "pairs": {"validation": 2, "test": 2}}
+    assert pairs(tmp_path / ".listed", "validation").same.tolist() == [True, False]
+    assert describe(tmp_path / ".listed")["held_out"] == []
+    lines[1] = f"Ann_A\t{lines[1][-4:]}\t{lines[3][-4:]}"
+    (tmp_path / "pairs.txt").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"line 2: .* is in validation and .* in test \(1 of 4 pairs"):
+        prepare(tmp_path, dataset(**fields), tmp_path / ".apart", PROVENANCE)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -303,14 +331,15 @@ def test_planted_faults_among_pairs_are_found(tmp_path: Path) -> None:
     named = (sound["first"] + " and " + sound["second"]).tolist()
     another = f"{trained} and {sound['second'][30]}"
 
-    def change(table: pd.DataFrame) -> pd.DataFrame:
+    def change(table: Any) -> Any:
         table.loc[0, "same"] = 0
         table.loc[1, ["first", "second"]] = table.loc[2, ["second", "first"]].tolist()
         table.loc[30, "first"] = trained
         table.loc[31, "second"] = table.loc[31, "first"]
         table.loc[32, "second"] = "nobody"
-        # In the last fold nobody is the same.
-        return table[~((table["split"] == "test") & (table["fold"] == 1) & (table["same"] == 1))]
+        # Nothing is left of one fold, and of another no pair of one class.
+        last = table["fold"] == 1
+        return table[~(last & ((table["split"] == "validation") | (table["same"] == 1)))]
 
     assert (sound["split"][[0, 1, 2]] == "validation").all()
     assert (sound["same"][[0, 1, 2]] == 1).all()
@@ -327,7 +356,8 @@ def test_planted_faults_among_pairs_are_found(tmp_path: Path) -> None:
         "a pair is the same exactly if both labels are": [named[0], itself],
         "no image is compared with itself": [itself],
         "no pair stands there twice": twice,
-        "every fold has pairs of one class": ["test/1"],
+        "every fold has pairs of one class": ["test/1", "validation/1"],
+        "every fold has pairs of two classes": ["validation/1"],
     }
 
 
