@@ -83,7 +83,7 @@ students:
       network: {{name: resnet, widths: [8, 16]}}, temperature: 4.0, alpha: 0.9, training: {{epochs: 1}}}}
   light:
     {{task: recognition, dataset: photos, method: alone, teacher: none, resolution: 64,
-      network: {{name: efficientnet_lite, variant: lite0, embedding: 16, unit: false}},
+      network: {{name: efficientnet_lite, variant: lite0, embedding: 16, unit: false, freeze_batchnorm: true}},
       objective: triplets, margin: 0.3, training: {{batch: 20, per_class: 5, optimizer: adam, learning_rate: 0.001}},
       initial: {{file: lite0.pth, sha256: {DIGEST}, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5],
                  origin: {{name: y, licence: none, credit: nobody, redistributable: true}}}}}}
