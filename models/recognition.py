@@ -89,6 +89,8 @@ class ResNet(Network):
 class EfficientNetLite(Network):
     """EfficientNet-Lite (Tan and Le 2019, "EfficientNet", without squeeze and excitation, with ReLU6) of the package
     efficientnet-lite-pytorch; images of any size. While it trains, whole blocks are left out at random.
+
+    `freeze_batchnorm`: means and variances stay as they are, and are used in training, too.
     """
 
     def __init__(
@@ -99,9 +101,11 @@ class EfficientNetLite(Network):
         variant: str,
         embedding: int | None,
         unit: bool = False,
+        freeze_batchnorm: bool = False,
     ) -> None:
         super().__init__()
         self.normalise = normalise
+        self._freezes = freeze_batchnorm
         _require_colour(f"'efficientnet_lite' ({variant})", channels)
         package = importlib.import_module("efficientnet_lite_pytorch")
         # Without a size the padding follows from each image; with one it would be that of this size alone.
@@ -113,6 +117,15 @@ class EfficientNetLite(Network):
     def forward(self, images: Tensor) -> Output:
         """(B, 3, H, W) in [0, 1]."""
         return self._answer(self.backbone.extract_features(self.normalise(images)).mean((2, 3)))
+
+    def train(self, mode: bool = True) -> "EfficientNetLite":
+        """As of any module, but that frozen BatchNorm never looks at the batch."""
+        super().train(mode)
+        if self._freezes:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
 
     @staticmethod
     def own_key(key: str) -> str:

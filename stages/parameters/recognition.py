@@ -108,12 +108,17 @@ class ResNet(Section):
 
 
 class EfficientNetLite(Section):
-    """EfficientNet-Lite, with three input channels, and `embedding` and `unit` as in `resnet`."""
+    """EfficientNet-Lite, with three input channels, and `embedding` and `unit` as in `resnet`.
+
+    `freeze_batchnorm` keeps the means and variances of weights from elsewhere: those of a batch of images that are all
+    alike (birds, faces) cost it most of what it knows, and a short training does not bring it back.
+    """
 
     name: Literal["efficientnet_lite"]
     variant: Literal["lite0", "lite1", "lite2", "lite3", "lite4"]
     embedding: Positive | None = None
     unit: bool = False
+    freeze_batchnorm: bool = False
 
 
 class TorchvisionNetwork(Section):

@@ -228,6 +228,28 @@ def test_its_embedding_and_classes_are_those_that_are_asked_for() -> None:
         build(description(1, 4, **fields))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_statistics_stay_and_all_else_learns(frozen: bool) -> None:
+    fields = {"name": "efficientnet_lite", "variant": "lite0", "embedding": 3, "freeze_batchnorm": frozen}
+    torch.manual_seed(0)
+    network = build(description(3, 0, **fields))
+    stir(network)
+    network.backbone._global_params = network.backbone._global_params._replace(drop_connect_rate=0.0)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    x = images(4, 3, 32, 32)
+    expected = network.eval()(x).embedding
+    for mode in (True, False, True):
+        network.train(mode)
+        assert network.training == network.backbone.training == mode
+    output = network(x)
+    assert torch.equal(output.embedding, expected) == frozen
+    kept = [torch.equal(buffer, before[name]) for name, buffer in network.named_buffers() if "running" in name]
+    assert kept
+    assert set(kept) == {frozen}
+    output.embedding.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
 # torchvision
 
 
