@@ -40,7 +40,7 @@ class Description:
         start: the same of the model whose weights it began with, or None.
         beside: the same of the student that this model was trained beside, or None.
         sources: name, licence, credit and redistributable of everything it was made from.
-        chosen: what machine and installation decided of its training, such as the form of a computation, by name.
+        chosen: what no parameter says of its training, such as the form of a computation on the machine, by name.
         rows: number of samples that were drawn from, by the name of the stream: "train", and what was held out of it.
         parameters: number of trainable parameters.
         weights_sha256: of weights.safetensors; filled in by `save_model`.

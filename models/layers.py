@@ -23,6 +23,14 @@ class Normalise(nn.Module):
         return (images - self.mean) / self.std
 
 
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors (..., D) scaled to length 1; zero vectors stay zero and get no gradient."""
+    squared = vectors.square().sum(-1, keepdim=True)
+    zero = squared == 0
+    # One `where` on either side of the division: the branch not taken would send 0 * inf = NaN backwards otherwise.
+    return vectors * torch.where(zero, 0, torch.where(zero, 1, squared).rsqrt())
+
+
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2016, "Deep residual learning", figure 2).
 

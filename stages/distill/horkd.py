@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import unit
 from stages import relations
 from stages.parameters.recognition import HORKD
 from stages.training import Context, Method, Run, Task, derive_seed
@@ -48,7 +49,7 @@ def point_loss(student: Tensor, teacher: Tensor, penalty: str = "mse") -> Tensor
     if penalty == "huber":
         return F.smooth_l1_loss(student, teacher)
     if penalty == "mse_unit":
-        return F.mse_loss(_unit(student), _unit(teacher))
+        return F.mse_loss(unit(student), unit(teacher))
     raise ValueError(f"unknown penalty of the point loss ({penalty!r}) · use mse, huber or mse_unit")
 
 
@@ -120,17 +121,9 @@ def triplet_cosines(points: Tensor) -> Tensor:
     0 without gradient where a coincides with b or c. From explicit differences, hence exact also for points that nearly
     coincide or lie far from the origin, where Gram entries cancel.
     """
-    directions = _unit(points[None, :, :] - points[:, None, :])
+    directions = unit(points[None, :, :] - points[:, None, :])
     with torch.autocast(points.device.type, enabled=False):
         return directions @ directions.transpose(1, 2)
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Vectors (..., D) scaled to unit length; zero vectors stay zero and get no gradient."""
-    squared = vectors.square().sum(-1, keepdim=True)
-    zero = squared == 0
-    # One `where` on either side of the division: the branch not taken would send 0 * inf = NaN backwards otherwise.
-    return vectors * torch.where(zero, 0, torch.where(zero, 1, squared).rsqrt())
 
 
 def _widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,6 +174,7 @@ class Learner(Method):
         ours, theirs = (task.features(network)[parameters.tap] for network in (student, source))
         if ours != theirs and parameters.wanted("points"):
             projection = nn.Linear(ours, theirs, bias=False, device=run.device, dtype=run.dtype)
+            self.chosen["projection"] = f"{ours} to {theirs}"
             self.modules["projection"] = projection
             trained += projection.parameters()
         self.streams = task.streams()

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stages.parameters import shared
-from stages.parameters.shared import Count, Positive, Rate, Real, Section, Share, Weight, Whole
+from stages.parameters.shared import Count, Positive, Rate, Real, Section, Sha256, Share, Weight, Whole
 
 
 class Split(Section):
@@ -97,13 +97,23 @@ class Dataset(shared.Dataset):
 class ResNet(Section):
     """A residual network for small images: one stage per entry of `widths`, halving the image from stage to stage.
 
-    `embedding` adds a linear layer of that width between pooling and classifier.
+    `embedding` adds a linear layer of that width between pooling and classifier; `unit` scales embeddings to length 1.
     """
 
     name: Literal["resnet"]
     widths: Annotated[list[Positive], Field(min_length=1)]
     blocks: Positive = 1
     embedding: Positive | None = None
+    unit: bool = False
+
+
+class EfficientNetLite(Section):
+    """EfficientNet-Lite, with three input channels, and `embedding` and `unit` as in `resnet`."""
+
+    name: Literal["efficientnet_lite"]
+    variant: Literal["lite0", "lite1", "lite2", "lite3", "lite4"]
+    embedding: Positive | None = None
+    unit: bool = False
 
 
 class TorchvisionNetwork(Section):
@@ -113,7 +123,7 @@ class TorchvisionNetwork(Section):
     model: Annotated[str, Field(pattern=r"^(resnet|resnext|wide_resnet)")]
 
 
-Network = Annotated[ResNet | TorchvisionNetwork, Field(discriminator="name")]
+Network = Annotated[ResNet | EfficientNetLite | TorchvisionNetwork, Field(discriminator="name")]
 
 
 class Augment(Section):
@@ -124,10 +134,16 @@ class Augment(Section):
 
 
 class Training(shared.Training):
-    """SGD with Nesterov momentum; the rate rises over `warmup` (a share of all steps) and falls as a cosine to 0."""
+    """SGD with Nesterov momentum, or Adam; the rate rises over `warmup` (a share of all steps), then falls as a
+    cosine to 0.
+
+    `per_class` makes batches of whole classes, with so many images of each.
+    """
 
     epochs: Positive = 12
     batch: Annotated[Whole, Field(ge=2)] = 64  # BatchNorm has no statistics of one sample
+    per_class: Annotated[Whole, Field(ge=2)] | None = None
+    optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: Rate = 0.1
     momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.9
     weight_decay: Weight = 5e-4
@@ -140,6 +156,62 @@ class Training(shared.Training):
     precision: Literal["32-true", "64-true", "bf16-mixed"] = "32-true"
     augment: Augment = Augment()
 
+    @model_validator(mode="after")
+    def _whole_classes(self) -> "Training":
+        if self.per_class is not None and self.batch % self.per_class:
+            raise ValueError(f"'batch' = {self.batch} must be a multiple of 'per_class' = {self.per_class}")
+        return self
+
+    @model_validator(mode="after")
+    def _fields_of_its_optimizer(self) -> "Training":
+        if self.optimizer == "adam" and "momentum" in self.model_fields_set:
+            raise ValueError("'momentum' goes with optimizer 'sgd'")
+        if self.optimizer == "adam" and "learning_rate" not in self.model_fields_set:
+            raise ValueError("optimizer 'adam' needs 'learning_rate': the default is for 'sgd'; 1e-4 to 1e-3 is usual")
+        return self
+
+
+class Initial(Section):
+    """Existing weights to begin with: of all layers but embedding and classifier; those in the file are left out.
+
+    `mean` and `std` are what the pixels in [0, 1] were normalised with, and are; the data set's own by default.
+    """
+
+    file: str
+    sha256: Sha256
+    origin: shared.Origin | None = None
+    mean: list[float] | None = None
+    std: list[Rate] | None = None
+
+
+class Learning(Section):
+    """What a network learns by itself, and what it begins with.
+
+    `objective: classes` is cross-entropy over the classes of the training split. `triplets` draws images of one class
+    nearer to each other than to those of others, by `margin`, and needs `training.per_class`. A model that learns no
+    classes answers with an embedding alone. `initial` are weights to begin with; random ones by default.
+    """
+
+    objective: Literal["classes", "triplets"] = "classes"
+    margin: Rate = 0.2
+    initial: Initial | None = None
+    training: Training = Training()
+
+    @property
+    def learns(self) -> str | None:
+        """The objective that it is trained by; None where a teacher alone says what is learnt."""
+        return self.objective
+
+    @property
+    def origins(self) -> list[shared.Origin]:
+        return [self.initial.origin] if self.initial is not None and self.initial.origin is not None else []
+
+    @model_validator(mode="after")
+    def _margin_of_triplets(self) -> "Learning":
+        if "margin" in self.model_fields_set and self.objective != "triplets":
+            raise ValueError("'margin' goes with objective 'triplets'")
+        return self
+
 
 class Outside(shared.Outside):
     """`mean` and `std` are what its pixels in [0, 1] are normalised with; the data set's own by default."""
@@ -149,30 +221,37 @@ class Outside(shared.Outside):
     std: list[Rate] | None = None
 
 
-class Teacher(shared.Teacher):
+class Teacher(Learning, shared.Teacher):
     """Either `network` and `training`, or `from` (an existing model)."""
 
     task: Literal["recognition"]
     network: Network | None = None
-    training: Training = Training()
     outside: Outside | None = Field(default=None, alias="from")
+
+    @property
+    def origins(self) -> list[shared.Origin]:
+        return [made.origin for made in (self.outside, self.initial) if made is not None and made.origin is not None]
 
     @model_validator(mode="after")
     def _trained_or_taken(self) -> "Teacher":
         if (self.network is None) == (self.outside is None):
             raise ValueError("needs either 'network' (it is trained here) or 'from' (an existing model)")
-        if self.outside is not None and ("training" in self.model_fields_set or self.start != "none"):
-            raise ValueError("takes neither 'training' nor 'start': the model of 'from' is taken as it is")
+        if self.outside is not None and (self.model_fields_set & Learning.model_fields.keys() or self.start != "none"):
+            raise ValueError(
+                "takes neither 'training', 'objective' nor 'initial', and no 'start': the model of 'from' is taken as "
+                "it is"
+            )
+        if self.initial is not None and self.start != "none":
+            raise ValueError("begins either with 'initial' or with 'start'")
         return self
 
 
-class AnyStudent(shared.Student):
+class AnyStudent(Learning, shared.Student):
     """`resolution` is the side of the image that the student sees, in pixels."""
 
     task: Literal["recognition"]
     resolution: Annotated[Whole, Field(ge=2)]
     network: Network
-    training: Training = Training()
 
 
 class Alone(AnyStudent):
@@ -194,7 +273,9 @@ class HORKD(AnyStudent):
     """Relations of order 1 (points), 2 (pairs) and 3 (triplets) between embeddings; a weight of 0 skips its term.
 
     Relatives are settings: FitNet has the weights 0 for pairs and triplets, RKD 0 for points, and `direct` (no
-    assistant) names the teacher itself. `vertices` compares angles at so many samples of a batch, drawn anew at every
+    assistant) names the teacher itself. Without the task (weight 0) the student learns no classes. Where its width and
+    its source's differ, points are compared through a linear layer without bias, which exists in training only.
+    `vertices` compares angles at so many samples of a batch, drawn anew at every
     step, instead of at all: for very large batches.
     """
 
@@ -230,6 +311,10 @@ class HORKD(AnyStudent):
             if share is not None and name in self.weights.model_fields_set:
                 raise ValueError(f"weights.{name} and shares.{name} exclude each other")
         return self
+
+    @property
+    def learns(self) -> str | None:
+        return self.objective if self.wanted("task") else None
 
     def wanted(self, term: str) -> bool:
         """Whether a term (task, points, pairs, triplets) is computed."""
@@ -274,12 +359,43 @@ def conflicts(
     model: Teacher | AnyStudent, dataset: Dataset, teacher: shared.Teacher | shared.Student | None
 ) -> list[tuple[str, str]]:
     """Contradictions between a model, its data set and its teacher, as (field of the model, what is wrong)."""
+    found = []
     if isinstance(model, AnyStudent) and model.resolution > dataset.image_size:
-        return [
+        found.append(
             (
                 "resolution",
                 f"must be at most the size of its images, datasets.{model.dataset}.image_size = {dataset.image_size}, "
                 f"got {model.resolution}",
             )
-        ]
-    return []
+        )
+    if model.learns == "triplets":
+        settings = model.training
+        if settings.per_class is None:
+            found.append(
+                ("training.per_class", "objective 'triplets' needs it: how many images of a class make a batch")
+            )
+        elif settings.batch < 2 * settings.per_class:
+            found.append(
+                (
+                    "training.batch",
+                    f"objective 'triplets' needs images of two classes at least, 2 * per_class = "
+                    f"{2 * settings.per_class}, got {settings.batch}",
+                )
+            )
+    if isinstance(model, KD):
+        if model.learns != "classes":
+            found.append(("objective", "method 'kd' compares class scores, and so needs 'classes', got 'triplets'"))
+        if isinstance(teacher, Teacher | AnyStudent) and teacher.learns != "classes":
+            found.append(
+                ("teacher", f"method 'kd' compares class scores, and {model.teacher!r} learns no classes; use 'horkd'")
+            )
+    after_pooling = getattr(model.network, "embedding", None)
+    if isinstance(model, HORKD) and model.learns is None and model.tap == "pooled" and after_pooling:
+        found.append(
+            (
+                "tap",
+                "without the task (weights.task = 0) nothing after the pooled features is trained, and "
+                "network.embedding would keep its first weights; set tap to 'embedding'",
+            )
+        )
+    return found

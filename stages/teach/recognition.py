@@ -1,4 +1,4 @@
-"""Recognition as a training task: images at two resolutions, cross-entropy, SGD."""
+"""Recognition as a training task: images at two resolutions; cross-entropy of classes, or triplets of embeddings."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -8,18 +8,20 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from data import recognition as data
 from data.errors import UserError
 from data.files import expand_path
 from models import recognition as models
 from models.artifacts import Description, read_outside_state
-from stages.parameters.recognition import AnyStudent, Network, Outside, Teacher, Training
-from stages.training import Context, Run, Stream, Task, Views, derive_seed
+from models.layers import unit
+from stages.parameters.recognition import AnyStudent, Initial, Learning, Network, Outside, Teacher
+from stages.training import ClassStream, Context, Run, Stream, Task, Views, derive_seed
 from stages.training.existing import begin_with, load_weights, normalisation, require_same_question
 
 HEAD = ("classifier.",)  # what depends on the classes
+LAST = ("embedding.", *HEAD)  # what follows the pooled features
 RESIZE = "bicubic with antialiasing, clamped to [0, 1]"
 Taught = tuple[nn.Module, Description]
 
@@ -29,11 +31,13 @@ class Recognition(Task):
 
     Args:
         prepared: the prepared data set. network: of the student. resolution: side of its images, in pixels.
+        learning: objective and training. A network that learns no classes has none in its interface.
         teacher: a trained network and its description, or None.
         normalise: mean and std per channel, if not the data set's own. trains: whether batches will be drawn.
 
     Raises:
-        UserError: teacher and data set differ in classes or channels, or there are too few samples for a batch.
+        UserError: teacher and data set differ in classes or channels, or there are too few samples or classes for a
+            batch.
     """
 
     def __init__(
@@ -41,17 +45,18 @@ class Recognition(Task):
         prepared: Path,
         network: Network,
         resolution: int,
-        training: Training,
+        learning: Learning,
         run: Run,
         teacher: Taught | None = None,
         normalise: tuple[list[float], list[float]] | None = None,
         trains: bool = True,
     ) -> None:
         description = data.describe(prepared)
+        training = learning.training
         mean, std = normalise or (description["mean"], description["std"])
         self.network = network.model_dump(mode="json")
         self.interface = {
-            "classes": description["classes"],
+            "classes": description["classes"] if learning.learns == "classes" else [],
             "channels": description["channels"],
             "resolution": resolution,
             "mean": mean,
@@ -61,16 +66,18 @@ class Recognition(Task):
         self.source = description["source"]
         self.seed, self.clip = training.seed, training.clip
         self.resolution = resolution
-        self._training = training
+        self._learning, self._training = learning, training
         self._run = run
         self._train = data.load(prepared, "train")[1:]
         self._validation = data.load(prepared, "validation")[1:]
+        # Of classes that are held out nobody can be right about one.
+        self._asks_classes = bool(self.interface["classes"]) and not description.get("held_out")
         torch.manual_seed(derive_seed(training.seed, "weights"))
         self.student = self._place(models.build({"network": self.network, "interface": self.interface}))
         self.teacher, self.teacher_resolution = None, resolution
         if teacher is not None:
             self.teacher = self._place(teacher[0])
-            self.teacher_resolution = _compatible(teacher[1], description, prepared)
+            self.teacher_resolution = _compatible(teacher[1], self.interface["classes"], description, prepared)
         self.steps = self.steps_per_epoch = 0
         if trains:
             try:
@@ -83,7 +90,10 @@ class Recognition(Task):
         return network.to(self._run.device, self._run.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _stream(self) -> Stream:
-        return Stream(self._train, self._training.batch)
+        settings = self._training
+        if settings.per_class is None:
+            return Stream(self._train, settings.batch)
+        return ClassStream(self._train, settings.batch, self._train[1], settings.per_class)
 
     def streams(self) -> dict[str, Stream]:
         return {"train": self._stream()}
@@ -100,6 +110,11 @@ class Recognition(Task):
         return resized.contiguous(memory_format=torch.channels_last)
 
     def objective(self, output: models.Output, target: Tensor) -> Tensor:
+        if self._learning.learns == "triplets":
+            gather = self._run.gather
+            # All processes mine the same triplets of the global batch.
+            seed = gather(torch.randint(2**31, (1,)).to(target.device))[0].item()
+            return triplet_objective(gather(output.embedding), gather(target), self._learning.margin, int(seed))
         logits = output.logits
         return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, target)
 
@@ -107,10 +122,12 @@ class Recognition(Task):
         return output.logits
 
     def features(self, network: nn.Module) -> Mapping[str, int]:
-        return cast(models.ResNet | models.TorchvisionNetwork, network).features
+        return cast(models.Network, network).features
 
     def optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
         settings = self._training
+        if settings.optimizer == "adam":
+            return Adam(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         return SGD(
             parameters,
             lr=settings.learning_rate,
@@ -131,18 +148,75 @@ class Recognition(Task):
 
     def monitor(self, network: nn.Module) -> Mapping[str, float]:
         images, labels = self._validation
-        right = 0
+        right, embeddings = 0, []
         with torch.inference_mode():
             for part, truth in zip(images.split(500), labels.split(500), strict=True):
-                small = self._resize(data.to_unit(part.to(self._run.device)), self.resolution)
-                right += int((network(small).logits.argmax(1).cpu() == truth).sum())
-        return {"top_1": right / len(labels)}
+                output = network(self._resize(data.to_unit(part.to(self._run.device)), self.resolution))
+                if self._asks_classes:
+                    right += int((output.logits.argmax(1).cpu() == truth).sum())
+                else:
+                    embeddings.append(output.embedding)
+            if self._asks_classes:
+                return {"top_1": right / len(labels)}
+            return {"recall_at_1": recall_at_1(torch.cat(embeddings), labels.to(self._run.device))}
 
 
-def _compatible(teacher: Description, dataset: dict[str, Any], prepared: Path) -> int:
-    """The resolution that a teacher wants, once it is clear that it answers the same question."""
-    require_same_question(teacher, dataset, prepared)
+def triplet_objective(embeddings: Tensor, labels: Tensor, margin: float, seed: int) -> Tensor:
+    """Mean of max(d(a, p) - d(a, n) + margin, 0) over mined triplets of an anchor a, an image p of its class and one n
+    of another; d is the Euclidean distance of embeddings scaled to length 1. A scalar in float32 or wider.
+
+    Source: Wu et al. 2017, "Sampling matters in deep embedding learning", section 4: a negative is drawn with the
+    inverse density of its distance, by pytorch-metric-learning's miner with its own settings, which are those of RKD
+    (HORKD card 3.5). An anchor whose negatives are all further than 1.4, where the loss is 0, makes no triplet; without
+    any the loss is 0, attached to the graph.
+
+    Args:
+        embeddings: (B, D). labels: (B,) int64. seed: of what is drawn.
+    """
+    from pytorch_metric_learning.miners import DistanceWeightedMiner
+
+    points = unit(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed accelerators, too. The mining is for a processor: one loop of classes.
+        torch.default_generator.manual_seed(seed)
+        # In float32 the weights of most anchors would vanish beside the greatest: they range over exp(0.7 D).
+        found = DistanceWeightedMiner()(points.detach().cpu().double(), labels.cpu())
+    anchor, positive, negative = (rows.to(points.device) for rows in found)
+    if not len(anchor):
+        return points.sum() * 0
+    return F.triplet_margin_loss(points[anchor], points[positive], points[negative], margin=margin)
+
+
+def recall_at_1(embeddings: Tensor, labels: Tensor, chunk: int = 1024) -> float:
+    """Of the samples whose class has another one, the share whose nearest other sample, by Euclidean distance, is of
+    their class; where samples of two classes are equally near it is not. 0 where no class has two.
+
+    Args:
+        embeddings: (N, D). labels: (N,).
+    """
+    right = counted = 0
+    for start in range(0, len(embeddings), chunk):
+        rows = slice(start, start + chunk)
+        distance = torch.cdist(embeddings[rows], embeddings, compute_mode="donot_use_mm_for_euclid_dist")
+        same = labels[rows, None] == labels[None, :]
+        others = distance.masked_fill(same, float("inf")).amin(1)
+        own = torch.arange(start, start + len(distance), device=distance.device)
+        same[torch.arange(len(distance)), own] = False
+        nearest = distance.masked_fill(~same, float("inf")).amin(1)
+        right += int((nearest < others).sum())
+        counted += int(same.any(1).sum())
+    return right / max(counted, 1)
+
+
+def _compatible(teacher: Description, classes: list[str], dataset: dict[str, Any], prepared: Path) -> int:
+    """The resolution that a teacher wants, once it is clear that it answers the same question.
+
+    Args:
+        classes: of the student. Where either knows none, embeddings are all that the two have in common.
+    """
     interface = teacher.interface
+    both = bool(classes and interface["classes"])
+    require_same_question(teacher, dataset, prepared, ("classes", "channels") if both else ("channels",))
     if interface["resolution"] > dataset["size"]:
         raise UserError(
             f"teacher {teacher.name!r} wants images of {interface['resolution']} pixels, those of {prepared.name!r} "
@@ -158,9 +232,7 @@ def adopt(task: Recognition, outside: Outside) -> None:
     Raises:
         UserError: no such file, another sha256, or weights that do not fit the network (both shapes are named).
     """
-    state = read_outside_state(expand_path(outside.file, "from.file"), outside.sha256)
-    if isinstance(task.student, models.TorchvisionNetwork):
-        state = {task.student.own_key(key): value for key, value in state.items()}
+    state = _own_names(task, read_outside_state(expand_path(outside.file, "from.file"), outside.sha256))
     what = (
         f"{outside.file} does not fit the network {outside.network.model_dump()} with "
         f"{len(task.interface['classes'])} classes"
@@ -168,23 +240,52 @@ def adopt(task: Recognition, outside: Outside) -> None:
     load_weights(task.student, state, what)
 
 
+def begin(task: Recognition, initial: Initial) -> None:
+    """Give the task's network existing weights, all but those of embedding and classifier.
+
+    Raises:
+        UserError: no such file, another sha256, or weights that do not fit the network (both shapes are named).
+    """
+    state = _own_names(task, read_outside_state(expand_path(initial.file, "initial.file"), initial.sha256))
+    fresh = {key: value for key, value in task.student.state_dict().items() if key.startswith(LAST)}
+    given = {key: value for key, value in state.items() if not key.startswith(LAST)}
+    load_weights(task.student, fresh | given, f"{initial.file} does not fit the network {task.network}")
+
+
+def _own_names(task: Recognition, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Existing weights by the names that the task's network has for them."""
+    if isinstance(task.student, models.EfficientNetLite | models.TorchvisionNetwork):
+        return {task.student.own_key(key): value for key, value in state.items()}
+    return state
+
+
 def for_teacher(entry: Teacher, prepared: Path, run: Run, start: Taught | None = None) -> Recognition:
     """The task as a teacher meets it: full resolution, and the weights of another or existing model if one is named."""
     description = data.describe(prepared)
-    outside = entry.outside
-    if outside is None:
-        task = Recognition(prepared, cast(Network, entry.network), description["size"], entry.training, run)
-        if start is not None:
-            begin_with(task.student, start, description["classes"], HEAD)
+    size, outside = description["size"], entry.outside
+    if outside is not None:
+        normalise = normalisation(outside, description, prepared)
+        task = Recognition(prepared, outside.network, size, entry, run, normalise=normalise, trains=False)
+        adopt(task, outside)
         return task
-    normalise = normalisation(outside, description, prepared)
-    task = Recognition(
-        prepared, outside.network, description["size"], entry.training, run, normalise=normalise, trains=False
-    )
-    adopt(task, outside)
+    task = _beginning(entry, prepared, cast(Network, entry.network), size, run)
+    if start is not None:
+        begin_with(task.student, start, task.interface["classes"], HEAD)
     return task
 
 
 def for_student(entry: AnyStudent, prepared: Path, run: Run, teacher: Taught | None) -> Recognition:
-    """The task as a student meets it, with the teacher it names."""
-    return Recognition(prepared, entry.network, entry.resolution, entry.training, run, teacher)
+    """The task as a student meets it, with the teacher it names and the weights it begins with."""
+    return _beginning(entry, prepared, entry.network, entry.resolution, run, teacher)
+
+
+def _beginning(
+    entry: Learning, prepared: Path, network: Network, resolution: int, run: Run, teacher: Taught | None = None
+) -> Recognition:
+    """A task whose network begins with the weights that `initial` names, or with random ones."""
+    initial = entry.initial
+    normalise = normalisation(initial, data.describe(prepared), prepared, "initial") if initial else None
+    task = Recognition(prepared, network, resolution, entry, run, teacher, normalise)
+    if initial is not None:
+        begin(task, initial)
+    return task

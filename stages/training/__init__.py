@@ -11,12 +11,13 @@ from stages.training.loop import Stopped, train
 from stages.training.method import Companion, Context, Method, evaluating
 from stages.training.optimizers import AdamW, peek
 from stages.training.run import Run
-from stages.training.streams import Stream, derive_seed
+from stages.training.streams import ClassStream, Stream, derive_seed
 from stages.training.task import Task, Views
 
 __all__ = [
     "AdamW",
     "Align",
+    "ClassStream",
     "Companion",
     "Context",
     "FeatureMethod",

@@ -79,11 +79,14 @@ def require_same_question(
             )
 
 
-def normalisation(outside: Any, description: Mapping[str, Any], prepared: Path) -> tuple[list[float], list[float]]:
+def normalisation(
+    outside: Any, description: Mapping[str, Any], prepared: Path, field: str = "from"
+) -> tuple[list[float], list[float]]:
     """Mean and std per channel that an existing model's pixels are normalised with: its own, or the data set's.
 
     Args:
-        outside: the entry `from` of a teacher. description: dataset.json of the folder `prepared`.
+        outside: what a model says of the existing one, under the name `field`.
+        description: dataset.json of the folder `prepared`.
 
     Raises:
         UserError: not one value per channel.
@@ -92,6 +95,6 @@ def normalisation(outside: Any, description: Mapping[str, Any], prepared: Path) 
     if not len(mean) == len(std) == description["channels"]:
         raise UserError(
             f"the images of {prepared.name!r} have {description['channels']} channels, but mean has {len(mean)} "
-            f"values and std {len(std)} · correct `from`"
+            f"values and std {len(std)} · correct `{field}`"
         )
     return mean, std

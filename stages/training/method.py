@@ -54,8 +54,8 @@ class Method(ABC):
         streams: named data.
         clip: per optimiser, the largest norm of its gradient; none by default.
         look_every: outer steps between two looks at the validation split; None: an epoch.
-        chosen: what machine and installation decided, such as the form of a computation, by name: kept in the model's
-            description. A training never goes on with another choice.
+        chosen: what no parameter says, such as the form of a computation on this machine, or a projection between two
+            networks, by name: kept in the model's description. A training never goes on with another choice.
     """
 
     frozen: frozenset[str] = frozenset()

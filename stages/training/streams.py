@@ -53,9 +53,13 @@ class Stream:
         """The next batch of this rank: one tensor per array, first dimension `batch`."""
         epoch, index = divmod(self.position, self.batches(world))
         self.position += 1
-        start = (index * world + rank) * self.batch
-        chosen = self._permutation(seed, epoch)[start : start + self.batch]
+        chosen = self._choose(seed, epoch, index, rank, world)
         return [tensor[chosen.to(tensor.device)] for tensor in self.tensors]
+
+    def _choose(self, seed: int, epoch: int, index: int, rank: int, world: int) -> Tensor:
+        """Rows (batch,) of this rank in the `index`-th batch of an epoch."""
+        start = (index * world + rank) * self.batch
+        return self._permutation(seed, epoch)[start : start + self.batch]
 
     def _permutation(self, seed: int, epoch: int) -> Tensor:
         if not self.shuffle:
@@ -65,3 +69,54 @@ class Stream:
             order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
             self._order = ((seed, epoch), order)
         return self._order[1]
+
+
+class ClassStream(Stream):
+    """Batches of whole classes: so many different classes, and so many images of each, drawn anew for every batch.
+
+    An epoch has as many batches as that of a `Stream`, but no image is promised its turn in it (RKD's official code
+    draws alike). A class that has fewer images than are asked for gives each of them before any of them again. A rank
+    sees whole classes of the global batch, whose classes are all different.
+
+    pytorch-metric-learning's MPerClassSampler draws an epoch's list from numpy's global generator, and has no place in
+    it to go on at: here a batch follows from seed and position alone.
+
+    Args:
+        labels: (N,) int64, of the arrays' rows. per_class: images of one class in a batch, of which `batch` is a
+            multiple.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], batch: int, labels: Tensor, per_class: int) -> None:
+        super().__init__(tensors, batch)
+        if batch % per_class:
+            raise ValueError(f"a batch of {batch} does not hold {per_class} samples of every class in it")
+        self.per_class = per_class
+        labels = labels.cpu()
+        self._members = [(labels == label).nonzero().flatten() for label in labels.unique()]
+
+    def batches(self, world: int) -> int:
+        """Global batches in one epoch.
+
+        Raises:
+            ValueError: there are fewer samples, or fewer classes, than one global batch needs.
+        """
+        wanted = self.batch * world // self.per_class
+        if wanted > len(self._members):
+            raise ValueError(
+                f"a batch of {self.batch} with {self.per_class} samples of every class in it"
+                + (f", in each of {world} processes," if world > 1 else "")
+                + f" needs {wanted} classes, and there are {len(self._members)}"
+            )
+        return super().batches(world)
+
+    def _choose(self, seed: int, epoch: int, index: int, rank: int, world: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(seed, epoch, index))
+        ours = self.batch // self.per_class
+        classes = torch.randperm(len(self._members), generator=generator)[: ours * world].tolist()
+        rows = []
+        for label in classes:
+            members = self._members[label]
+            turns = -(-self.per_class // len(members))
+            order = torch.cat([torch.randperm(len(members), generator=generator) for _ in range(turns)])
+            rows.append(members[order[: self.per_class]])
+        return torch.cat(rows[rank * ours : (rank + 1) * ours])

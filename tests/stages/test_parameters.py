@@ -55,10 +55,14 @@ teachers:
     task: recognition
     dataset: digits
     start: none
-    network: {{name: resnet, widths: [16, 32], blocks: 2, embedding: 8}}
+    network: {{name: resnet, widths: [16, 32], blocks: 2, embedding: 8, unit: true}}
     training: {{epochs: 2, batch: 8, learning_rate: 0.1, momentum: 0.5, weight_decay: 0.0, warmup: 0.2, clip: 1.0,
-                seed: 1, threads: 1, accelerator: cpu, devices: 1, precision: 64-true,
+                seed: 1, threads: 1, accelerator: cpu, devices: 1, precision: 64-true, per_class: 4, optimizer: sgd,
                 augment: {{shift: 1, flip: true}}}}
+    objective: triplets
+    margin: 0.3
+    initial: {{file: lite0.pth, sha256: {DIGEST}, mean: [0.5], std: [0.5],
+               origin: {{name: y, licence: none, credit: nobody, redistributable: true}}}}
   taken:
     task: recognition
     dataset: photos
@@ -78,6 +82,9 @@ students:
   small:
     {{task: recognition, dataset: digits, method: kd, teacher: assistant, resolution: 7,
       network: {{name: resnet, widths: [8, 16]}}, temperature: 4.0, alpha: 0.9, training: {{epochs: 1}}}}
+  light:
+    {{task: recognition, dataset: photos, method: alone, teacher: none, resolution: 64,
+      network: {{name: efficientnet_lite, variant: lite0, embedding: 16, unit: false}}}}
   single:
     {{task: recognition, dataset: photos, method: alone, teacher: none, resolution: 64,
       network: {{name: torchvision, model: resnet18}}}}

@@ -211,8 +211,10 @@ def by_hand(ours: Any, run: Run) -> tuple[Tensor, dict[str, Tensor]]:
         module.train(name not in ours.frozen)
     views = ours._task.views(context)
     output, source = ours.student(views.student), ours.modules["source"](views.teacher).pooled.detach()
-    terms = {
-        "task": nn.functional.cross_entropy(output.logits, views.target),
+    terms = (
+        {"task": nn.functional.cross_entropy(output.logits, views.target)} if ours._task.interface["classes"] else {}
+    )
+    terms |= {
         "points": (ours.modules["projection"](output.pooled) - source).square().mean(),
         "pairs": horkd.pair_loss(output.pooled, source),
         "triplets": horkd.triplet_loss(output.pooled, source),
@@ -234,10 +236,11 @@ def lengths(embedding: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
 
 def test_ratios_of_gradients_are_recorded(prepared: Path, run: Run) -> None:
     """At the embeddings, of the weighted terms; without a task they are measured by the first term."""
-    norms = lengths(*by_hand(learner("horkd", prepared, run), run))
     for left_out, first in ((None, "task"), ("task", "points")):
         weigh = {name: weight for name, weight in WEIGHTS.items() if name != left_out}
-        last = steps(learner("horkd", prepared, run, weights={**weigh, **({left_out: 0} if left_out else {})}), run, 1)
+        fields = {"weights": {**weigh, **({left_out: 0} if left_out else {})}}
+        norms = lengths(*by_hand(learner("horkd", prepared, run, **fields), run))
+        last = steps(learner("horkd", prepared, run, **fields), run, 1)
         for name in [name for name in weigh if name != first]:
             expected = weigh[name] * norms[name] / (weigh[first] * norms[first])
             assert last[f"gradient/{name}_to_{first}"].item() == pytest.approx(expected, rel=1e-4), name
@@ -297,12 +300,12 @@ def test_some_vertices_are_drawn_anew_and_alike_in_every_process(prepared: Path,
 
 def test_the_form_is_chosen_and_kept(prepared: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = learner("horkd", prepared, run)
-    assert fast.chosen == {"relations": "compiled"}
+    assert fast.chosen == {"projection": "6 to 10", "relations": "compiled"}
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "stages.relations.compiled")
     plain = learner("horkd", prepared, run)
-    assert plain.chosen == {"relations": "blocks"}
-    assert learner("horkd", prepared, run, weights={"triplets": 0.0}).chosen == {}
+    assert plain.chosen == {"projection": "6 to 10", "relations": "blocks"}
+    assert learner("horkd", prepared, run, weights={"points": 0.0, "triplets": 0.0}).chosen == {}
     steps(plain, run, 2)
     monkeypatch.undo()
     steps(fast, run, 2)
