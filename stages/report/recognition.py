@@ -171,7 +171,8 @@ def neighbours(group: Group) -> Html:
         f"Left a test image, beside it the {NEIGHBOURS} others whose embeddings are nearest, the nearest first: a "
         "check mark where the class is the same, a cross where it is not. A model answers with the class of the "
         f"nearest. These models disagree on {disagreed:,} of {len(ids):,} test images; here are up to "
-        f"{QUERIES_DISAGREED} of these, then others, chosen by a digest of their names. Pixels that a model sees, on a side: {sizes}."
+        f"{QUERIES_DISAGREED} of these, then others, chosen by a digest of their names. Pixels that a model sees, on a "
+        f"side: {sizes}."
     )
     left_out = [group.short(model.name) for model in group.models if model not in searchers]
     if left_out:
