@@ -93,8 +93,6 @@ def read_folder(folder: Path, size: int, channels: int, classes: Sequence[str] |
         UserError: no such folder, no class, an unlisted class, a class without images, a file that is no complete
             image, or one with more than 8 bits per channel.
     """
-    from PIL import Image, ImageOps
-
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder} · correct `folder` of the data set")
     found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -106,23 +104,40 @@ def read_folder(folder: Path, size: int, channels: int, classes: Sequence[str] |
     images, labels, ids, sizes = [], [], [], []
     for label, name in enumerate(names):
         directory = folder / name
-        paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        paths = image_files(directory)
         if not paths:
             raise UserError(f"class {name!r} has no images in {directory} ({', '.join(sorted(IMAGE_SUFFIXES))})")
         for path in paths:
-            try:
-                with Image.open(path) as opened:
-                    mode = opened.mode
-                    image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise UserError(f"{path} is no complete image ({error}) · mend or remove it") from None
-            if mode[0] in "IF":  # Pillow would cut all values above 255 off
-                raise UserError(f"{path} has more than 8 bits per channel (mode {mode}) · convert it to 8 bits")
+            image = read_image(path, channels)
             sizes.append((image.height, image.width))
-            images.append(_square(image, size))
+            images.append(square(image, size))
             labels.append(label)
             ids.append(path.relative_to(folder).as_posix())
     return Samples(np.stack(images), np.array(labels, dtype=np.int64), ids, np.array(sizes), names)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and in those inside, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def read_image(path: Path, channels: int) -> "Picture":
+    """An image with 1 or 3 channels of 8 bits, turned as its camera says.
+
+    Raises:
+        UserError: no complete image, or one with more than 8 bits per channel.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            mode = opened.mode
+            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is no complete image ({error}) · mend or remove it") from None
+    if mode[0] in "IF":  # Pillow would cut all values above 255 off
+        raise UserError(f"{path} has more than 8 bits per channel (mode {mode}) · convert it to 8 bits")
+    return image
 
 
 def read_arrays(file: Path, keys: Any, size: int, channels: int, classes: Sequence[str] | None) -> Samples:
@@ -169,12 +184,12 @@ def read_arrays(file: Path, keys: Any, size: int, channels: int, classes: Sequen
         labels = numbers
     names = list(classes) if classes is not None else [str(value) for value in values]
     mode = "L" if channels == 1 else "RGB"
-    images = np.stack([_square(Image.fromarray(image).convert(mode), size) for image in pixels])
+    images = np.stack([square(Image.fromarray(image).convert(mode), size) for image in pixels])
     ids = [f"row-{index:06d}" for index in range(len(images))]
     return Samples(images, labels.astype(np.int64), ids, np.tile(pixels.shape[1:3], (len(images), 1)), names)
 
 
-def _square(image: "Picture", size: int) -> np.ndarray:
+def square(image: "Picture", size: int) -> np.ndarray:
     """(channels, size, size) uint8: the shorter side is resized, then the centre is cut out."""
     from PIL import Image, ImageOps
 

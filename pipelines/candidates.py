@@ -119,15 +119,15 @@ def candidates(task: str, parameters: Parameters) -> tuple[list[Candidate], list
 
 
 def best(found: list[Candidate]) -> Candidate:
-    """The challenger: the highest figure on validation, of those that know the most classes; among equals the smaller,
-    then the first by name.
+    """The challenger: the highest figure on validation; among equals the smaller, then the first by name.
 
-    One that knows fewer cannot take the place of one that knows more: its callers would miss answers.
+    Where classes may be added (`seen`), it is one of those that know the most: one that knows fewer cannot take the
+    place of one that knows more, since its callers would miss answers.
     """
     return min(
         found,
         key=lambda one: (
-            -len(one.description["interface"].get("classes", ())),
+            -len(one.description["interface"]["classes"]) if "seen" in one.description["interface"] else 0,
             -one.validation,
             one.description["parameters"],
             one.name,

@@ -237,11 +237,13 @@ def _teacher(
     learnt = {other: entry.dataset for other, entry in parameters.teachers.items() if not entry.pretrained}
     alone = [other for other, theirs in learnt.items() if theirs == dataset]
     teachers = [last] if last in learnt or "." in last else alone
-    wanted = (dataset, gates.interface(description)["classes"])
+    classes = gates.interface(description)["classes"]
     comparable = {}
     for teacher in teachers:
         theirs = read_json(folders[teacher] / gates.DESCRIPTION)
-        if (theirs["dataset"]["name"], theirs["interface"].get("classes")) == wanted:
+        asked = theirs["interface"].get("classes")
+        # Embeddings are asked for neighbours, whether classes were learnt beside them or not.
+        if theirs["dataset"]["name"] == dataset and (asked == classes or [] in (asked, classes)):
             figures = read_json(paths.metrics(task) / f"{teacher}.json")
             comparable[teacher] = figures["validation"].get(settings.metric, 0.0)
     if not comparable:

@@ -141,7 +141,7 @@ def _register(
                 "samples": str(samples),
                 **{Path(name).stem: str(candidate.exported / name) for name in module.FILES},
             },
-            signature=module.signature(),
+            signature=module.signature(description),
             input_example=module.example(description),
             pip_requirements=_requirements(module.REQUIREMENTS),
             metadata={"request": module.REQUEST, **gates.interface(description)},

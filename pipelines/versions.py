@@ -58,8 +58,11 @@ def aliases(client: "MlflowClient", task: str) -> dict[str, str]:
         raise
 
 
-def stored(task: str, version: str) -> Path:
+def stored(task: str, version: str, model: str = "") -> Path:
     """The folder with the artifacts of a version: model.json, test.samples.csv, and what it is served from.
+
+    Args:
+        model: name of the registered model, where it is not the task's: one that versions were copied into.
 
     Raises:
         UserError: they are gone.
@@ -67,17 +70,18 @@ def stored(task: str, version: str) -> Path:
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
+    model = model or task
     try:
-        folder = Path(download_artifacts(artifact_uri=f"models:/{task}/{version}")) / "artifacts"
+        folder = Path(download_artifacts(artifact_uri=f"models:/{model}/{version}")) / "artifacts"
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"the files of version {version} of {task!r} cannot be read from the registry ({error}) · bring the "
+            f"the files of version {version} of {model!r} cannot be read from the registry ({error}) · bring the "
             "artifact store back, or delete the version and register the student again"
         ) from None
     for name in (*served(task), gates.DESCRIPTION, SAMPLES):
         if not (folder / name).is_file():
             raise UserError(
-                f"version {version} of {task!r} has no {name} in the registry · delete it and register again"
+                f"version {version} of {model!r} has no {name} in the registry · delete it and register again"
             )
     return folder
 
@@ -88,7 +92,7 @@ def changed(version: "ModelVersion", folder: Path) -> str:
     Args:
         folder: as `stored` found it.
     """
-    for name, tag in served(version.name).items():
+    for name, tag in served(version.tags["task"]).items():
         found, wanted = sha256(folder / name), version.tags[tag]
         if found != wanted:
             return f"{name} in the registry is not what was registered: wanted sha256 {wanted}, got {found}"
@@ -96,14 +100,18 @@ def changed(version: "ModelVersion", folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked() -> Iterator[None]:
-    """One command at a time changes the registry of this project; the kernel lets go when the process ends."""
-    FOLDER.mkdir(exist_ok=True)
-    with (FOLDER / ".lock").open("w") as file:
+def locked(path: Path = FOLDER / ".lock", what: str = "the registry") -> Iterator[None]:
+    """One command at a time changes the registry of this project; the kernel lets go when the process ends.
+
+    Args:
+        path: the file that is locked. what: is changed, if something else than the registry.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting for another command that changes the registry")
+            log.info("waiting for another command that changes %s", what)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -21,7 +21,7 @@ from data.errors import UserError
 from data.files import sha256, write_json
 from models.artifacts import load_model, read_description
 from stages import command, paths
-from stages.export.onnx_graph import FILE, session, write_onnx
+from stages.export.onnx_graph import FILE, output_names, session, write_onnx
 from stages.parameters import load, select
 
 BATCHES = (1, 32)
@@ -51,7 +51,8 @@ def main(key: str) -> None:
                 inputs, _ = task.inputs(paths.prepared(key, entry.dataset), description)
                 file = Path(folder) / f"{name}.onnx"
                 example = {given: array[:2] for given, array in inputs.items()}
-                write_onnx(task.Graph(network), example, task.OUTPUTS, task.AXES, file)
+                graph = task.Graph(network)
+                write_onnx(graph, example, output_names(task, graph), task.AXES, file)
                 measured[name] = _measure(file, inputs, threads, description.parameters)
         for name, export in exports.items():
             description = read_description(paths.trained(key, name))

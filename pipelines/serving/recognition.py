@@ -1,4 +1,4 @@
-"""A student for recognition behind `mlflow models serve`: raw images in, label names and probabilities out.
+"""A student for recognition behind `mlflow models serve`: raw images in, embeddings and label names out.
 
 MLflow copies this one file beside the ONNX file and runs it wherever the student is served, so it imports nothing of
 the project that made it.
@@ -7,8 +7,10 @@ Request: `{"inputs": [IMAGE, ...]}`. An IMAGE is a nested list of pixels from 0 
 one channel, (C, H, W) in general. Images are square, of the student's resolution or larger, and need not be of one
 size; larger ones are reduced as in training (bicubic with antialiasing, clamped).
 
-Answer: `{"predictions": [{"label": ..., "probability": ..., "probabilities": {NAME: ..., ...}}, ...]}`. What cannot be
-answered gets status 400, and a message that names the image and says what is expected.
+Answer: `{"predictions": [ANSWER, ...]}`, an ANSWER being `{"embedding": [...], "label": ..., "probability": ...,
+"probabilities": {NAME: ..., ...}, "logits": {NAME: ..., ...}}`; of a student that was trained without classes,
+`{"embedding": [...]}`. Two images are alike where the angle between their embeddings is small. What cannot be answered
+gets status 400, and a message that names the image and says what is expected.
 """
 
 import json
@@ -53,17 +55,27 @@ class Student(PythonModel):
             MlflowException: the request cannot be answered; status 400.
         """
         images = self.images(model_input)
+        names = ["embedding", "logits"] if self.classes else ["embedding"]
         answers: list[dict[str, Any]] = []
         for start in range(0, len(images), BATCH):
-            logits = self.session.run(["logits"], {self.input: images[start : start + BATCH]})[0].astype(np.float64)
-            exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-            for row in exponentials / exponentials.sum(axis=1, keepdims=True):
-                best = int(row.argmax())
-                probabilities = dict(zip(self.classes, row.tolist(), strict=True))
-                answers.append(
-                    {"label": self.classes[best], "probability": float(row[best]), "probabilities": probabilities}
-                )
+            embedding, *logits = self.session.run(names, {self.input: images[start : start + BATCH]})
+            found = [{"embedding": row} for row in embedding.tolist()]
+            if logits:
+                found = [{**one, **self.named(row)} for one, row in zip(found, *logits, strict=True)]
+            answers.extend(found)
         return answers
+
+    def named(self, logits: np.ndarray) -> dict[str, Any]:
+        """What the logits (classes,) of one image say, by the names of the classes."""
+        exponentials = np.exp(logits.astype(np.float64) - logits.max())
+        probabilities = exponentials / exponentials.sum()
+        best = int(probabilities.argmax())
+        return {
+            "label": self.classes[best],
+            "probability": float(probabilities[best]),
+            "probabilities": dict(zip(self.classes, probabilities.tolist(), strict=True)),
+            "logits": dict(zip(self.classes, logits.tolist(), strict=True)),
+        }
 
     def images(self, request: Any) -> np.ndarray:
         """(N, channels, resolution, resolution) float32 in [0, 1]."""

@@ -25,7 +25,7 @@ REQUEST = (
 )
 
 
-def signature() -> "ModelSignature":
+def signature(description: Mapping[str, Any]) -> "ModelSignature":
     """Request and answer, as MLflow writes them down.
 
     The request is an object of any shape: the served code checks it itself, and answers with status 400 where MLflow's

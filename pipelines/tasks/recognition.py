@@ -22,19 +22,28 @@ REQUEST = '{"inputs": [IMAGE, ...]}, an image being nested lists of pixels from 
 COLUMNS = ["id", "label", "prediction", "correct", "same_class_rank"]
 
 
-def signature() -> "ModelSignature":
+def signature(description: Mapping[str, Any]) -> "ModelSignature":
     """Request and answer, as MLflow writes them down.
 
     The request is an object of any shape: the served code checks it itself, and answers with status 400 where MLflow's
     own check of shapes would answer with 500.
+
+    Args:
+        description: model.json of the export. Without classes the embedding is all that is answered.
     """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
-    from mlflow.types.schema import Map
+    from mlflow.types.schema import Array, Map
 
-    probabilities = ColSpec(Map(DataType.double), "probabilities")
-    answer = Schema([ColSpec("string", "label"), ColSpec("double", "probability"), probabilities])
-    return ModelSignature(Schema([TensorSpec(np.dtype("O"), (-1,), "images")]), answer)
+    answer: list[ColSpec | TensorSpec] = [ColSpec(Array(DataType.double), "embedding")]
+    if description["interface"]["classes"]:
+        answer += [
+            ColSpec("string", "label"),
+            ColSpec("double", "probability"),
+            ColSpec(Map(DataType.double), "probabilities"),
+            ColSpec(Map(DataType.double), "logits"),
+        ]
+    return ModelSignature(Schema([TensorSpec(np.dtype("O"), (-1,), "images")]), Schema(answer))
 
 
 def example(description: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ REQUEST = '{"inputs": [IMAGE, ...]}, an image being nested lists (3, H, W) of pi
 BATCH = 8
 
 
-def signature() -> "ModelSignature":
+def signature(description: Mapping[str, Any]) -> "ModelSignature":
     """Request and answer, as MLflow writes them down.
 
     The request is an object of any shape: the served code checks it itself, and answers with status 400 where MLflow's

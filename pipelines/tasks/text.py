@@ -24,7 +24,7 @@ REQUEST = '{"inputs": [TEXT, ...]}, a text being a string, or ["the first", "the
 EXAMPLE = ["A sentence of seven words, and more.", "A second one!"]
 
 
-def signature() -> "ModelSignature":
+def signature(description: Mapping[str, Any]) -> "ModelSignature":
     """Request and answer, as MLflow writes them down.
 
     The request is an object of any shape: the served code checks it itself, and answers with status 400 where MLflow's

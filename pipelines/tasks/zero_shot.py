@@ -26,7 +26,7 @@ REQUEST = (
 BATCH = 256
 
 
-def signature() -> "ModelSignature":
+def signature(description: Mapping[str, Any]) -> "ModelSignature":
     """Request and answer, as MLflow writes them down.
 
     The request is an object of any shape: the served code checks it itself, and answers with status 400 where MLflow's

@@ -16,7 +16,7 @@ from data.errors import UserError
 from data.files import new_directory, sha256, write_json
 from models.artifacts import Description, load_model
 from stages import command, paths
-from stages.export.onnx_graph import FILE, differences, session, write_onnx
+from stages.export.onnx_graph import FILE, differences, output_names, session, write_onnx
 from stages.parameters import load, select
 
 # The most that goes through both graphs at once: samples, and numbers in them.
@@ -31,10 +31,11 @@ def main(key: str) -> None:
     network, description = load_model(paths.trained(settings.task, key))
     prepared = paths.prepared(settings.task, settings.dataset)
     graph = task.Graph(network)
+    names = output_names(task, graph)
     inputs, target = task.inputs(prepared, description)
     files = travelling(task, description, prepared)
     with new_directory(paths.exported(settings.task, key)) as output:
-        write_onnx(graph, {name: array[:2] for name, array in inputs.items()}, task.OUTPUTS, task.AXES, output / FILE)
+        write_onnx(graph, {name: array[:2] for name, array in inputs.items()}, names, task.AXES, output / FILE)
         difference, metric, shapes = compare(task, session(output / FILE, settings.threads), graph, inputs, target)
         if not all(value <= settings.tolerance for value in difference.values()):
             raise UserError(
@@ -118,10 +119,10 @@ def compare(
             apart.append(getattr(task, "differences", differences)(fed, ours, theirs))
         found["onnx"].append(task.answers(ours))
         found["pytorch"].append(task.answers(theirs))
-    largest = np.max(apart, axis=0)  # NaN stays NaN
-    shapes = {name: (array.shape, str(array.dtype)) for name, array in zip(task.OUTPUTS, ours, strict=True)}
+    largest, names = np.max(apart, axis=0), output_names(task, graph)  # NaN stays NaN
+    shapes = {name: (array.shape, str(array.dtype)) for name, array in zip(names, ours, strict=True)}
     return (
-        dict(zip(task.OUTPUTS, largest.tolist(), strict=True)),
+        dict(zip(names, largest.tolist(), strict=True)),
         {name: task.metric(np.concatenate(parts), target) for name, parts in found.items()},
         shapes,
     )

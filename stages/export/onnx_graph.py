@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,12 @@ import torch
 from torch import nn
 
 FILE = "model.onnx"
+
+
+def output_names(task: ModuleType, graph: nn.Module) -> tuple[str, ...]:
+    """What a graph gives: the task's `OUTPUTS`, or those of them that `graph.outputs` names."""
+    names: tuple[str, ...] = getattr(graph, "outputs", task.OUTPUTS)
+    return names
 
 
 def write_onnx(

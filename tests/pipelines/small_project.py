@@ -227,30 +227,52 @@ class Small:
         return pd.DataFrame(rows)
 
 
-def write_onnx(file: Path, wrong: int, note: str) -> None:
-    """Linear: class a or b by its pixel, and class c for images whose number is TEST - wrong or higher."""
-    pixels = SIDE * SIDE
-    weights = np.zeros((pixels, 3), dtype=np.float32)
-    weights[0, 0] = weights[1, 1] = 10.0
-    weights[SIDE, 2] = 1e4
-    bias = np.array([0.0, 0.0, -1e4 * (TEST - wrong - 0.5) / 255], dtype=np.float32)
+def write_onnx(file: Path, wrong: int, note: str, classes: int = 3, channels: int = 1) -> None:
+    """Linear: class a or b by its pixel, and class c for images whose number is TEST - wrong or higher.
+
+    The embedding are the pixels. Without classes that is all.
+    """
+    pixels = channels * SIDE * SIDE
+    weights = np.zeros((pixels, classes), dtype=np.float32)
+    nodes = [helper.make_node("Flatten", ["images"], ["embedding"], axis=1)]
+    outputs, values = {"embedding": pixels}, {}
+    if classes:
+        weights[0, 0] = weights[1, 1] = 10.0
+        weights[SIDE, 2] = 1e4
+        values = {"weights": weights, "bias": np.array([0, 0, -1e4 * (TEST - wrong - 0.5) / 255], dtype=np.float32)}
+        nodes.append(helper.make_node("Gemm", ["embedding", "weights", "bias"], ["logits"]))
+        outputs = {"logits": classes, **outputs}
     graph = helper.make_graph(
-        [
-            helper.make_node("Flatten", ["images"], ["embedding"], axis=1),
-            helper.make_node("Gemm", ["embedding", "weights", "bias"], ["logits"]),
-        ],
+        nodes,
         note,
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 1, SIDE, SIDE])],
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", channels, SIDE, SIDE])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width]) for name, width in outputs.items()],
         [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3]),
-            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", pixels]),
-        ],
-        [
-            helper.make_tensor("weights", TensorProto.FLOAT, weights.shape, weights.ravel()),
-            helper.make_tensor("bias", TensorProto.FLOAT, bias.shape, bias),
+            helper.make_tensor(name, TensorProto.FLOAT, value.shape, value.ravel().tolist())
+            for name, value in values.items()
         ],
     )
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), str(file))
+
+
+@dataclass
+class Faces(Small):
+    """Students without classes: what may be wrong is an image's nearest neighbour."""
+
+    metric: ClassVar[str] = "recall_at_1"
+    interface: ClassVar[dict[str, Any]] = {**INTERFACE, "classes": []}
+
+    gates: dict[str, Any] = field(
+        default_factory=lambda: {"delta": 0.02, "teacher_share": 0.5, "metric": "recall_at_1"}
+    )
+
+    def row(self, index: int, right: bool) -> dict[str, Any]:
+        label = index % 2
+        answer = {"label": label, "prediction": label if right else 1 - label, "confidence": None}
+        return {**answer, "correct": int(right), "same_class_rank": 1 if right else 2, "neighbours": ""}
+
+    def write_onnx(self, file: Path, wrong: int, note: str) -> None:
+        write_onnx(file, wrong, note, classes=0)
 
 
 def usual(folder: Path, kind: type[Small] = Small) -> Small:

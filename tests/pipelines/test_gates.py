@@ -252,12 +252,16 @@ def test_signature() -> None:
     for changed in (
         {**ours, "pair": True},
         {**ours, "classes": ["b", "a"]},
+        {**ours, "classes": []},
         {**ours, "input": {**ours["input"], "shape": ["batch", 1, 8, 8]}},  # type: ignore[dict-item]
         {"input": ours["input"]},
     ):
         check = gates.signature(changed, ours, "version 1")
         assert not check.passed
         assert "version 1" in check.sentence
+    embeds = {**ours, "classes": []}
+    assert gates.signature(embeds, dict(embeds), "version 1").sentence == "input and answers are those of version 1"
+    assert not gates.signature(ours, embeds, "version 1").passed
 
 
 def test_licences_warn_and_never_refuse() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ import yaml
 from data.errors import UserError
 from data.files import sha256
 from pipelines import promotion, tracking, versions
+from pipelines.candidates import best
 from pipelines.promotion import promote, rollback
 from pipelines.registry import register, show
 from pipelines.versions import aliases
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_project import TASK, Model, Small, usual
+from small_project import INTERFACE, TASK, Faces, Model, Small, usual
 
 ROOT = Path(__file__).resolve().parents[2]
 ONNX = f"models/exported/{TASK}/best/model.onnx"
@@ -606,3 +608,37 @@ def test_show(champion: Small, capsys: pytest.CaptureFixture[str]) -> None:
 def test_show_before_anything(project: Small, capsys: pytest.CaptureFixture[str]) -> None:
     show(TASK)
     assert "nothing is registered" in capsys.readouterr().out
+
+
+# Students without classes
+
+
+@pytest.fixture
+def faces(root: Path, monkeypatch: pytest.MonkeyPatch) -> Faces:
+    """Students that answer with embeddings alone; the teacher learnt classes beside them."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    small = usual(root, Faces)
+    assert isinstance(small, Faces)
+    small.write()
+    teacher = f"models/trained/{TASK}/teacher/model.json"
+    small.put(teacher, {**json.loads(Path(teacher).read_text()), "interface": INTERFACE})
+    small.commit()
+    return small
+
+
+def test_a_student_without_classes_becomes_champion(faces: Faces) -> None:
+    """By Recall@1, and beside a teacher that has classes."""
+    register(TASK)
+    assert promote(TASK)
+    gates = records()[-1]["gates"]
+    assert gates["teacher_share"]["figures"]["teacher"] == "teacher"
+    assert gates["teacher_share"]["figures"]["share"] == pytest.approx(240 / 248)
+    assert gates["baseline"]["figures"]["difference"] == pytest.approx(2 / 250)
+
+
+def test_classes_are_counted_only_where_they_may_be_added() -> None:
+    def one(name: str, validation: float, **interface: list[str]) -> Any:
+        return SimpleNamespace(name=name, validation=validation, description={"interface": interface, "parameters": 1})
+
+    assert best([one("a", 0.5, classes=["x"]), one("b", 0.7, classes=[])]).name == "b"
+    assert best([one("a", 0.5, classes=["x"], seen=["x"]), one("b", 0.7, classes=[], seen=[])]).name == "a"

@@ -16,14 +16,15 @@ from pipelines.registry import register
 from pipelines.serving.recognition import LARGEST_SIDE, Student, bicubic
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_project import INTERFACE, SIDE, TASK, usual, write_onnx
+from small_project import INTERFACE, SIDE, TASK, Faces, Small, usual, write_onnx
 from small_server import post, server
 
 
-def served(folder: Path, **interface: Any) -> Student:
+def served(folder: Path, **changed: Any) -> Student:
     folder.mkdir(exist_ok=True)
-    write_onnx(folder / "model.onnx", 10, "served")
-    description = {"interface": {**INTERFACE, **interface}, "input": {"name": "images"}}
+    interface = {**INTERFACE, **changed}
+    write_onnx(folder / "model.onnx", 10, "served", len(interface["classes"]), interface["channels"])
+    description = {"interface": interface, "input": {"name": "images"}}
     (folder / "model.json").write_text(json.dumps(description))
     student = Student()
     artifacts = {"onnx": str(folder / "model.onnx"), "description": str(folder / "model.json")}
@@ -47,11 +48,47 @@ def test_names_and_probabilities(student: Student) -> None:
     answers = student.predict(None, [image(0), image(1)])
     assert [answer["label"] for answer in answers] == ["a", "b"]
     for answer in answers:
-        assert list(answer["probabilities"]) == ["a", "b", "c"]
+        assert list(answer) == ["embedding", "label", "probability", "probabilities", "logits"]
+        assert list(answer["probabilities"]) == list(answer["logits"]) == ["a", "b", "c"]
         assert sum(answer["probabilities"].values()) == pytest.approx(1)
         assert answer["probability"] == max(answer["probabilities"].values())
     logits = np.array([10.0, 0.0])  # and class c is far below
+    assert [answers[0]["logits"][name] for name in "ab"] == pytest.approx([10, 0])
+    assert answers[0]["logits"]["c"] < -1e3
     assert answers[0]["probability"] == pytest.approx(np.exp(10) / np.exp(logits).sum(), abs=1e-6)
+
+
+@pytest.mark.parametrize("classes", [[], ["a", "b", "c"]])
+def test_the_embedding_is_always_answered(tmp_path: Path, classes: list[str]) -> None:
+    """Of more images than one batch too, in their order; without classes nothing else is."""
+    raw = np.random.default_rng(0).integers(0, 256, (300, SIDE, SIDE), dtype=np.uint8)
+    answers = served(tmp_path, classes=classes).predict(None, raw)
+    found = np.array([answer["embedding"] for answer in answers])
+    np.testing.assert_allclose(found, raw.reshape(300, -1) / 255, atol=1e-6)  # as `write_onnx` says
+    assert isinstance(answers[0]["embedding"][0], float)
+    assert set(answers[0]) - {"embedding"} == (
+        {"label", "probability", "probabilities", "logits"} if classes else set()
+    )
+
+
+@pytest.mark.parametrize("kind", [Small, Faces])
+def test_a_registered_student_answers_as_its_signature_says(root: Path, kind: type[Small]) -> None:
+    """Through MLflow's own loader, from the registry alone."""
+    import mlflow
+
+    small = usual(root, kind)
+    small.models = {name: small.models[name] for name in ("teacher", "best")}
+    small.write()
+    register(TASK)
+    model = mlflow.pyfunc.load_model(f"models:/{TASK}@challenger")
+    wanted = ["embedding", "label", "probability", "probabilities", "logits"] if small.interface["classes"] else None
+    assert model.metadata.signature.outputs.input_names() == (wanted or ["embedding"])
+    assert model.metadata.metadata["classes"] == small.interface["classes"]
+    answers = model.predict(np.array([image(0), image(1)]))
+    for answer, pixels in zip(answers, (image(0), image(1)), strict=True):
+        assert list(answer) == model.metadata.signature.outputs.input_names()
+        np.testing.assert_allclose(answer["embedding"], np.ravel(pixels) / 255)
+    json.dumps(answers)
 
 
 @pytest.mark.parametrize("kind", ["array", "object", "channels", "mapping", "table", "floats", "many"])
@@ -162,6 +199,7 @@ def test_over_http(root: Path) -> None:
             assert status == 200, answer
             assert [one["label"] for one in answer["predictions"]][:2] == ["a", "b"]
             assert list(answer["predictions"][0]["probabilities"]) == ["a", "b", "c"]
+            assert answer["predictions"][0]["embedding"] == (np.ravel(raw[0]) / 255).tolist()
         bodies = {name: {"inputs": request} for name, (request, _) in MALFORMED.items()}
         bodies["no key"], bodies["other key"], bodies["list"] = {}, {"imges": raw}, raw
         bodies["nan"] = {"inputs": [[[float("nan")] * SIDE] * SIDE]}

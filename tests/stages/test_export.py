@@ -14,19 +14,39 @@ import yaml
 
 from data import recognition as data
 from data.files import sha256
-from models.artifacts import Description, save_model
+from models.artifacts import Description, load_model, read_description, save_model
 from models.recognition import build
-from stages import paths, prepare
+from stages import latency, paths, prepare
+from stages.export import __main__ as export
+from stages.export import recognition as task
 
 ROOT = Path(__file__).parents[2]
+NAMES = ["a", "b", "c"]
+NETWORK = {"name": "resnet", "widths": [4, 6], "blocks": 1, "embedding": 5}
+MODELS = (("big", "teacher", 8), ("small", "student", 4))
+
+
+def train(classes: list[str], **network: object) -> None:
+    """Teacher and student with random weights and lively statistics."""
+    for name, kind, resolution in MODELS:
+        interface = {"classes": classes, "channels": 1, "resolution": resolution, "mean": [0.4], "std": [0.2]}
+        described = {"network": {**NETWORK, **network}, "interface": interface}
+        torch.manual_seed(resolution)
+        model = build(described)
+        for _ in range(5):
+            model(torch.rand(16, 1, resolution, resolution))
+        folder = paths.trained("recognition", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        description = Description(
+            name, "recognition", kind, **described, recipe={}, dataset={"name": "x"}, teacher=None, sources=[]
+        )
+        save_model(folder, model.eval(), description)
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A teacher and a student with random weights and lively statistics, and a prepared data set of 8 x 8 images."""
+    """A teacher and a student, and a prepared data set of 8 x 8 images."""
     monkeypatch.chdir(tmp_path)
-    network = {"name": "resnet", "widths": [4, 6], "blocks": 1, "embedding": 5}
-    names = ["a", "b", "c"]
     parameters = {
         "sources": {"x": {"kind": "folder", "path": ".", "tree_digest": "0" * 64, "licence": "-", "credit": "-"}},
         "datasets": {
@@ -39,7 +59,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 "image_size": 8,
             }
         },
-        "teachers": {"big": {"task": "recognition", "dataset": "x", "start": "none", "network": network}},
+        "teachers": {"big": {"task": "recognition", "dataset": "x", "start": "none", "network": NETWORK}},
         "students": {
             "small": {"task": "recognition", "dataset": "x", "method": "alone", "teacher": "none", "resolution": 4}
         },
@@ -47,24 +67,15 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "tasks": {"recognition": {}},
     }
     parameters["sources"]["x"]["redistributable"] = True
-    parameters["datasets"]["x"] |= {"channels": 1, "classes": names, "split": {"validation": 20, "test": 10}}
-    parameters["students"]["small"]["network"] = network
+    parameters["datasets"]["x"] |= {"channels": 1, "classes": NAMES, "split": {"validation": 20, "test": 10}}
+    parameters["students"]["small"]["network"] = NETWORK
     Path("params.yaml").write_text(yaml.safe_dump(parameters))
     generator = np.random.default_rng(0)
     rows = np.column_stack([generator.integers(0, 256, (60, 64)), np.repeat([0, 1, 2], 20)])
     paths.raw("x").mkdir(parents=True)
     np.savetxt(paths.raw("x") / "x.csv", rows, fmt="%d", delimiter=",")
     prepare.main("x")
-    for name, kind, resolution in (("big", "teacher", 8), ("small", "student", 4)):
-        interface = {"classes": names, "channels": 1, "resolution": resolution, "mean": [0.4], "std": [0.2]}
-        torch.manual_seed(resolution)
-        model = build({"network": network, "interface": interface})
-        for _ in range(5):
-            model(torch.rand(16, 1, resolution, resolution))
-        folder = paths.trained("recognition", name)
-        folder.mkdir(parents=True)
-        description = Description(name, "recognition", kind, network, interface, {}, {"name": "x"}, None, None, [])
-        save_model(folder, model.eval(), description)
+    train(NAMES)
     return tmp_path
 
 
@@ -83,8 +94,6 @@ def test_the_exported_graph_is_the_student(project: Path) -> None:
     assert description["onnx_sha256"] == sha256(folder / "model.onnx")
     assert description["parity"]["samples"] == 20
     assert description["input"] == {"name": "images", "shape": ["batch", 1, 4, 4], "dtype": "float32"}
-    from models.artifacts import load_model
-
     network, _ = load_model(paths.trained("recognition", "small"))
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     _, images, _ = data.load(paths.prepared("recognition", "x"), "test")
@@ -100,6 +109,61 @@ def test_the_exported_graph_is_the_student(project: Path) -> None:
     assert str(project).encode() not in (folder / "model.onnx").read_bytes()
     assert command("stages.export", "small").returncode == 0
     assert {path.name: sha256(path) for path in folder.iterdir()} == first
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_without_classes_the_embedding_is_all(project: Path, unit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    train([], unit=unit)
+    export.main("small")
+    folder = paths.exported("recognition", "small")
+    description = json.loads((folder / "model.json").read_text())
+    assert description["outputs"] == [{"name": "embedding", "shape": ["batch", 5], "dtype": "float32"}]
+    assert list(description["parity"]["largest_difference"]) == ["embedding"]
+    network, _ = load_model(paths.trained("recognition", "small"))
+    _, images, labels = data.load(paths.prepared("recognition", "x"), "validation")
+    with torch.no_grad():
+        expected = network(data.downsample(data.to_unit(images), 4)).embedding.numpy()
+    inputs, _ = task.inputs(paths.prepared("recognition", "x"), read_description(paths.trained("recognition", "small")))
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    assert [output.name for output in session.get_outputs()] == ["embedding"]
+    np.testing.assert_allclose(session.run(None, inputs)[0], expected, atol=1e-5)
+    assert np.allclose(np.linalg.norm(expected, axis=1), 1) is unit
+    wanted = pytest.approx(slow_recall(expected, labels.numpy()), abs=1e-9)
+    assert description["parity"]["metric"] == {"onnx": wanted, "pytorch": wanted}
+    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    latency.main("recognition")
+    assert set(json.loads(paths.latency("recognition").read_text())["models"]) == {"big", "small"}
+
+
+def slow_recall(points: np.ndarray, labels: np.ndarray) -> float:
+    """Recall@1 one image at a time."""
+    hits = []
+    for index in range(len(points)):
+        distance = {other: np.abs(points[other] - points[index]) for other in range(len(points)) if other != index}
+        squared = {other: float((apart.astype(np.float64) ** 2).sum()) for other, apart in distance.items()}
+        same = [squared[other] for other in squared if labels[other] == labels[index]]
+        if same:
+            others = [squared[other] for other in squared if labels[other] != labels[index]]
+            hits.append(not others or min(same) < min(others))
+    return float(np.mean(hits)) if hits else 0.0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_recall_of_a_parity_check(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes with one image, ties and fewer rows than a chunk included."""
+    monkeypatch.setattr(task, "CHUNK", 7)
+    generator = np.random.default_rng(seed)
+    points = generator.integers(0, 3, (20, 2)).astype(np.float32) if seed % 2 else generator.normal(size=(20, 3))
+    labels = generator.integers(0, 9, 20)
+    labels[0] = 9
+    assert task.metric(points, labels) == pytest.approx(slow_recall(points, labels))
+
+
+def test_recall_of_what_asks_nothing_and_of_what_collapsed() -> None:
+    points = np.zeros((4, 2), dtype=np.float32)
+    assert task.metric(points, np.arange(4)) == 0
+    assert task.metric(points, np.array([0, 0, 1, 1])) == 0
+    assert task.metric(points, np.zeros(4, dtype=int)) == 1
 
 
 def test_a_difference_beyond_tolerance_is_refused(project: Path) -> None:
