@@ -243,6 +243,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.assistant.vertices", 0, "must be > 0, got 0"),
     ("students.assistant.training.batch", 1, "must be >= 2, got 1"),
     ("datasets.digits.image_size", 3, "must be >= 4, got 3"),
+    ("tasks.recognition.resolutions", [8, 1], "[1]: must be >= 2, got 1"),
     ("gates.recognition.resamples", 9999, "must be >= 10000, got 9999"),
     ("gates.recognition.confidence", 0.5, "must be > 0.5, got 0.5"),
     ("gates.recognition.metric", "top_2", "input should be 'top_1' or 'recall_at_1', got 'top_2'"),
@@ -320,6 +321,7 @@ ELSEWHERE: list[tuple[str, Any, str]] = [
     ("students.assistant.weights", dict.fromkeys(("task", "points", "pairs", "triplets"), 0),
      "students.assistant: at least one of 'weights' must be greater than 0"),
     ("datasets.photos.file", "x.csv", "datasets.photos: format 'folder' takes no 'file'"),
+    ("tasks.recognition.resolutions", [8, 16, 8], "tasks.recognition: 'resolutions' names one twice"),
 ]  # fmt: skip
 
 
