@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
