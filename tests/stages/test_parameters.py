@@ -93,7 +93,7 @@ students:
 exports:
   small: {{task: recognition, dataset: digits, tolerance: 0.001, threads: 2}}
 tasks:
-  recognition: {{batch: 128, threads: 1}}
+  recognition: {{batch: 128, threads: 1, seed: 0, resolutions: [7, 14]}}
 gates:
   recognition:
     {{metric: top_1, dataset: digits, baseline: alone, delta: 0.01, confidence: 0.95, resamples: 10000, seed: 1,
