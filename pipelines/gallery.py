@@ -157,7 +157,7 @@ def enrol(gallery: Path, folder: Path, name: str | None, known: Recogniser) -> N
 
 def joined(one: Gallery, other: Gallery) -> Gallery:
     """Both galleries of one student, the rows of `one` first."""
-    rows = {name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in ROWS}
+    rows: dict[str, Any] = {name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in ROWS}
     return replace(other, **rows)
 
 

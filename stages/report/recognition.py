@@ -4,7 +4,6 @@ import math
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import pandas as pd
 
 from data import recognition as data
 from stages import paths
@@ -13,7 +12,7 @@ from stages.parameters import recognition as parameters
 from stages.report import charts, pictures, samples, sections
 from stages.report.comparison import NOTHING
 from stages.report.page import Html, join, note, table, tag
-from stages.report.results import Group, Metric, Model, further
+from stages.report.results import TEACHER, Group, Metric, Model, further
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +64,7 @@ SIDE = 96
 # Of nearest neighbours: how many queries where models disagree, and others; models at most; pixels at most.
 QUERIES_DISAGREED, QUERIES_OTHERS = 6, 3
 SEARCHERS = 4
+FIRST = ("student", TEACHER, "baseline")
 THUMBNAIL = 64
 
 
@@ -161,17 +161,18 @@ def neighbours(group: Group) -> Html:
             strip = [_thumbnail(views[0], f"{name}, class {names[own]}", None)]
             for view, other in zip(views[1:], near, strict=True):
                 strip.append(_thumbnail(view, f"{ids[other]}, class {names[truth[other]]}", truth[other] == own))
-            answer = names[int(row["prediction"])]
+            answer = names[int(cast(int, row["prediction"]))]
             parts.append(tag("ul", samples.opinion(group.short(model.name), row, answer)))
             parts.append(tag("div", *strip, class_="near"))
         caption = tag("figcaption", "class ", tag("b", names[truth[place[name]]]), f" · {name}")
         cards.append(tag("figure", caption, *parts, class_="sample"))
     sizes = ", ".join(f"{group.short(model.name)} {_side(model)}" for model in searchers)
     said = (
-        f"Left a test image, beside it the {NEIGHBOURS} others whose embeddings are nearest, the nearest first: a check "
-        "mark where the class is the same, a cross where it is not. A model answers with the class of the nearest. "
-        f"These models disagree on {disagreed:,} of {len(ids):,} test images; here are up to {QUERIES_DISAGREED} of "
-        f"these, then others, chosen by a digest of their names. Pixels that a model sees, on a side: {sizes}."
+        f"Left a test image, beside it the {NEIGHBOURS} others whose embeddings are nearest, the nearest first: a "
+        "check mark where the class is the same, a cross where it is not. A model answers with the class of the "
+        f"nearest. These models disagree on {disagreed:,} of {len(ids):,} test images; here are up to "
+        f"{QUERIES_DISAGREED} of these, then others, chosen by a digest of their names. Pixels that a model sees, on a "
+        f"side: {sizes}."
     )
     left_out = [group.short(model.name) for model in group.models if model not in searchers]
     if left_out:
@@ -180,10 +181,11 @@ def neighbours(group: Group) -> Html:
 
 
 def _searchers(group: Group) -> list[Model]:
-    """The first model of every role and method, of those whose neighbours are known."""
+    """The first model of every role and method, of those whose neighbours are known; students and teachers first."""
     known = [model for model in group.models if model.description and "neighbours" in samples.of_test(model)]
     first = {(model.role, model.method): model for model in reversed(known)}.values()
-    return sorted(first, key=known.index)[:SEARCHERS]
+    wanted = sorted(first, key=lambda model: (*(model.role != role for role in FIRST), known.index(model)))
+    return sorted(wanted[:SEARCHERS], key=known.index)
 
 
 def _thumbnail(image: "Tensor", description: str, right: bool | None) -> Html:
@@ -214,8 +216,9 @@ def verification(group: Group) -> Html | None:
     said = (
         "Are two images of one class? Test images, in per cent. Accuracy: mean over "
         f"{folds} of pairs \N{PLUS-MINUS SIGN} its standard error; the threshold of each fold is the best of the "
-        "others. TAR: how many of all pairs of one class are accepted at the lowest threshold that accepts no more than "
-        "that share of the pairs of two. Rank-1: a gallery holds the first image of every class, and all others are sought in it."
+        "others. TAR: how many of all pairs of one class are accepted at the lowest threshold that accepts no more "
+        "than that share of the pairs of two. Rank-1: a gallery holds the first image of every class, and all others "
+        "are sought in it."
     )
     headings = ["model", "pixels", "accuracy", *(name.rpartition("_")[2] for name in names), "rank-1"]
     bands = [("", 2), ("pairs", 1), ("TAR at FAR", len(names)), ("gallery", 1)]
@@ -229,8 +232,9 @@ def resolutions(group: Group) -> Html | None:
     for number, model in enumerate(group.models):
         whole = further(model, "resolutions")
         if whole is not None and (whole["split"] == "test").any():
-            rows = whole[whole["split"] == "test"].set_index("resolution").sort_index()
-            found[number] = {name: rows[name].to_dict() for name in METRICS if name in rows}
+            rows = whole[whole["split"] == "test"].sort_values("resolution")
+            sides = rows["resolution"].tolist()
+            found[number] = {name: dict(zip(sides, rows[name], strict=True)) for name in METRICS if name in rows}
     if not found:
         return None
     metrics = [name for name in METRICS if any(name in known for known in found.values())]

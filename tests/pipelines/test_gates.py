@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data.files import digest, sha256
+from data.files import digest, sha256, write_json
 from pipelines import decisions, gates
 from pipelines.candidates import digest_of_test, origin
 from pipelines.gates import Check
@@ -23,7 +23,7 @@ from stages.scores import Scores, scores
 from stages.scores import recognition as recognition_scores
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_project import TASK, Small, usual
+from small_project import TASK, Faces, Small, usual
 
 GATES = Gates(delta=0.02)
 
@@ -479,6 +479,35 @@ def test_an_onnx_file_is_evaluated_as_the_stage_does(project: Small) -> None:
     wanted = table[table["split"] == "test"].reset_index(drop=True)
     columns = ["id", "label", "prediction", "correct"]
     pd.testing.assert_frame_equal(found[columns], wanted[columns], check_dtype=False)
+
+
+@pytest.mark.parametrize(("kind", "held_out"), [(Small, ["d"]), (Faces, []), (Faces, ["d"])])
+def test_unseen_classes_are_found_by_the_embedding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Small], held_out: list[str]
+) -> None:
+    """The embedding of the small project is the image itself; images and labels are drawn anew."""
+    monkeypatch.chdir(tmp_path)
+    usual(tmp_path, kind).write()
+    prepared, exported = Path(f"data/prepared/{TASK}/tiny"), paths_of("best")[1]
+    write_json(prepared / "dataset.json", {"classes": ["a", "b", "c"], "held_out": held_out})
+    generator, shape = np.random.default_rng(0), np.load(prepared / "images.npy").shape
+    images, labels = generator.integers(0, 256, shape, dtype=np.uint8), generator.integers(0, 3, shape[0])
+    np.save(prepared / "images.npy", images)
+    np.save(prepared / "labels.npy", labels)
+    found = recognition.evaluate(exported, json.loads((exported / "model.json").read_text()), prepared)
+    test = (pd.read_csv(prepared / "manifest.csv")["split"] == "test").to_numpy()
+    points, labels = images[test].reshape(test.sum(), -1).astype(float), labels[test]
+    for row, (prediction, rank) in enumerate(found[["prediction", "same_class_rank"]].to_numpy().tolist()):
+        distance = np.linalg.norm(points - points[row], axis=1)
+        others = sorted(
+            (other for other in range(len(labels)) if other != row),
+            key=lambda other: (distance[other], labels[other] == labels[row], other),
+        )
+        assert prediction == labels[others[0]]
+        own = min(distance[other] for other in others if labels[other] == labels[row])
+        assert rank == 1 + sum(distance[other] <= own for other in others if labels[other] != labels[row])
+    assert found["correct"].tolist() == (found["prediction"] == found["label"]).astype(int).tolist()
+    assert list(found.columns) == recognition.COLUMNS
 
 
 def test_the_digest_of_test_data_moves_with_it_alone(project: Small) -> None:

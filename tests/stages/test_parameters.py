@@ -93,7 +93,7 @@ students:
 exports:
   small: {{task: recognition, dataset: digits, tolerance: 0.001, threads: 2}}
 tasks:
-  recognition: {{batch: 128, threads: 1}}
+  recognition: {{batch: 128, threads: 1, seed: 0, resolutions: [7, 14]}}
 gates:
   recognition:
     {{metric: top_1, dataset: digits, baseline: alone, delta: 0.01, confidence: 0.95, resamples: 10000, seed: 1,
@@ -260,6 +260,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.assistant.vertices", 0, "must be > 0, got 0"),
     ("students.assistant.training.batch", 1, "must be >= 2, got 1"),
     ("datasets.digits.image_size", 3, "must be >= 4, got 3"),
+    ("tasks.recognition.resolutions", [8, 1], "[1]: must be >= 2, got 1"),
     ("gates.recognition.resamples", 9999, "must be >= 10000, got 9999"),
     ("gates.recognition.confidence", 0.5, "must be > 0.5, got 0.5"),
     ("gates.recognition.metric", "top_2", "input should be 'top_1' or 'recall_at_1', got 'top_2'"),
@@ -352,6 +353,7 @@ ELSEWHERE: list[tuple[str, Any, str]] = [
     ("datasets.digits.keys", {}, "datasets.digits: format 'csv' takes no 'keys'"),
     ("datasets.faces.split.by", "samples", "datasets.faces: 'verification' needs 'split.by: classes', or "),
     ("datasets.faces.verification.pairs", "p.txt", "datasets.faces: 'verification.pairs' needs format 'folder'"),
+    ("tasks.recognition.resolutions", [8, 16, 8], "tasks.recognition: 'resolutions' names one twice"),
 ]  # fmt: skip
 
 
