@@ -345,7 +345,7 @@ def read_pairs(file: Path, folds: int, samples: Samples) -> pd.DataFrame:
     if (there, len(lines)) != (folds, 2 * each * folds) or each < 1:
         raise UserError(
             f"{file} announces {there} folds of {each} pairs of one class and {each} of two, and has {len(lines)} "
-            f"pairs; `verification.folds` of the data set is {folds} · set it to what the list has, or complete the list"
+            f"pairs; `verification.folds` of the data set is {folds} · set it to what the list has, or complete that"
         )
     place = {(samples.classes[samples.labels[row]], Path(name).stem): row for row, name in enumerate(samples.ids)}
 
@@ -408,7 +408,7 @@ def draw_pairs(labels: np.ndarray, part: np.ndarray, folds: int, seed: int) -> p
         labels: (N,) integers, a class being in one split only. part: (N,) names of splits.
 
     Returns:
-        A row per pair: split, fold (from 0), first and second (rows, first < second in the order of labels), same.
+        A row per pair: split, fold (from 0), first and second (rows; of two labels the lower is first), same (1 or 0).
 
     Raises:
         UserError: a split has too few classes for two in every fold.
@@ -605,11 +605,17 @@ def expectations(dataset: Any, description: dict[str, Any]) -> dict[str, list[di
 
 def _expected_of_pairs(verification: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     between, equal = "expect_column_values_to_be_between", "expect_column_pair_values_to_be_equal"
-    inside = "both images of a pair are in its split"
     pairs: list[dict[str, Any]] = [
         *({"type": "expect_column_values_to_not_be_null", "column": name} for name in PAIR_COLUMNS),
-        {"type": equal, "column_A": "split", "column_B": "split_of_first", "description": inside},
-        {"type": equal, "column_A": "split", "column_B": "split_of_second", "description": inside},
+        *(
+            {
+                "type": equal,
+                "column_A": "split",
+                "column_B": f"split_of_{name}",
+                "description": f"the {name} image of a pair is in its split",
+            }
+            for name in ("first", "second")
+        ),
         {
             "type": equal,
             "column_A": "same",

@@ -48,8 +48,11 @@ datasets:
       split: {{validation: 10, test: 10, seed: 1}},
       expect: {{samples: 100, smallest_class: 0.4, largest_class: 0.6}}}}
   photos:
-    {{task: recognition, source: tree, encoder: none, format: folder, image_size: 64, channels: 3,
-      split: {{validation: 5, test: 5}}}}
+    {{task: recognition, source: tree, encoder: none, format: folder, folder: images, image_size: 64, channels: 3,
+      split: {{by: classes, validation: 5, test: 5}}, verification: {{folds: 2, pairs: pairs.txt}}}}
+  faces:
+    {{task: recognition, source: tree, encoder: none, format: arrays, file: f.npz, keys: {{images: x, labels: y}},
+      image_size: 64, channels: 1, split: {{by: classes, validation: 10, test: 10}}, verification: {{folds: 5}}}}
 teachers:
   large:
     task: recognition
@@ -197,6 +200,10 @@ WRONG: list[tuple[str, Any, str]] = [
     ("sources.tree.sha256", DIGEST, "unknown key; known: credit, kind, licence, path, "),
     ("datasets.digits.image_sizes", 4, "unknown key; did you mean 'image_size'?"),
     ("datasets.digits.split.sed", 4, "unknown key; did you mean 'seed'?"),
+    ("datasets.faces.keys.label", "y", "unknown key; did you mean 'labels'?"),
+    ("datasets.faces.verification.fold", 5, "unknown key; did you mean 'folds'?"),
+    ("datasets.faces.verification.folds", 1, "must be >= 2, got 1"),
+    ("datasets.faces.split.by", "class", "input should be 'samples' or 'classes', got 'class'"),
     ("datasets.digits.expect.sample", 4, "unknown key; did you mean 'samples'?"),
     ("exports.small.tolerence", 4, "unknown key; did you mean 'tolerance'?"),
     ("tasks.recognition.thread", 4, "unknown key; did you mean 'threads'?"),
@@ -253,7 +260,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.small.training", "long", "input should be a valid dictionary"),
     ("datasets.digits.classes", ["0", 1], "[1]: input should be a valid string, got 1"),
     ("datasets.digits.channels", 2, "input should be 1 or 3, got 2"),
-    ("datasets.digits.format", "cvs", "input should be 'csv' or 'folder', got 'cvs'"),
+    ("datasets.digits.format", "cvs", "input should be 'csv', 'folder' or 'arrays', got 'cvs'"),
     ("sources.wheel.redistributable", "perhaps", "input should be a valid boolean"),
     ("sources.wheel.wheels[0].sha256", "abc", "string should match pattern"),
     ("sources.wheel.wheels[1].python", 3.1, "input should be a valid string, got 3.1"),
@@ -273,7 +280,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.small.teacher", "larg", "unknown model 'larg' of task recognition; did you mean 'large'?"),
     ("students.small.teacher", "small", "a student cannot teach itself"),
     ("students.single.dataset", "photo", "unknown data set 'photo' of task recognition; did you mean 'photos'?"),
-    ("teachers.large.dataset", "nothing", "unknown data set 'nothing' of task recognition; known: digits, photos"),
+    ("teachers.large.dataset", "nothing", "unknown data set 'nothing' of task recognition; known: digits, faces, "),
     ("datasets.digits.source", "whel", "unknown source 'whel'; did you mean 'wheel'?"),
     ("sources.wheel.kind", "weel", "unknown kind 'weel'; did you mean 'wheel'?"),
     ("sources.several.parts[0].kind", "parts", "unknown kind 'parts'; known: folder, url, wheel"),
@@ -313,6 +320,12 @@ ELSEWHERE: list[tuple[str, Any, str]] = [
     ("students.assistant.weights", dict.fromkeys(("task", "points", "pairs", "triplets"), 0),
      "students.assistant: at least one of 'weights' must be greater than 0"),
     ("datasets.photos.file", "x.csv", "datasets.photos: format 'folder' takes no 'file'"),
+    ("datasets.faces.file", ABSENT, "datasets.faces: format 'arrays' needs 'file'"),
+    ("datasets.faces.folder", "x", "datasets.faces: format 'arrays' takes no 'folder'"),
+    ("datasets.photos.keys", {}, "datasets.photos: format 'folder' takes no 'keys'"),
+    ("datasets.digits.keys", {}, "datasets.digits: format 'csv' takes no 'keys'"),
+    ("datasets.faces.split.by", "samples", "datasets.faces: 'verification' needs 'split.by: classes', or "),
+    ("datasets.faces.verification.pairs", "p.txt", "datasets.faces: 'verification.pairs' needs format 'folder'"),
 ]  # fmt: skip
 
 
