@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data.errors import UserError
 from models.layers import Normalise
-from models.recognition import Output, ResNet, TorchvisionNetwork, build
+from models.recognition import EfficientNetLite, Output, ResNet, TorchvisionNetwork, build
 
 MEAN, STD = (0.2, 0.5, 0.7), (0.3, 0.1, 0.4)
 
@@ -149,6 +149,83 @@ def test_the_seed_decides_the_weights() -> None:
 
     assert torch.equal(weights(3), weights(3))
     assert not torch.equal(weights(3), weights(4))
+
+
+@pytest.mark.parametrize("embedding", [None, 5])
+def test_unit_scales_embeddings_and_nothing_else(embedding: int | None) -> None:
+    x = images(4, 3, 9, 9)
+    plain, scaled = (resnet(embedding=embedding, unit=unit) for unit in (False, True))
+    assert plain.state_dict().keys() == scaled.state_dict().keys()
+    before, found = plain(x), scaled(x)
+    assert torch.equal(before.pooled, found.pooled)
+    long = before.embedding.double()
+    expected = long / long.square().sum(1, keepdim=True).sqrt()
+    np.testing.assert_allclose(found.embedding.detach(), expected.detach(), rtol=1e-6, atol=1e-7)
+    assert torch.equal(found.logits, scaled.classifier(found.embedding))  # type: ignore[misc]
+    dead = resnet(embedding=None, unit=True)
+    for parameter in dead.parameters():
+        nn.init.zeros_(parameter)
+    output = dead.train()(x)
+    assert torch.equal(output.embedding, torch.zeros(4, 6))
+    output.embedding.sum().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in dead.parameters())
+
+
+def test_without_classes_there_is_no_classifier_and_all_else_is_the_same() -> None:
+    x = images(3, 3, 9, 9)
+    some, none = (resnet(classes=classes, embedding=5) for classes in (4, 0))
+    state = {key: value for key, value in some.state_dict().items() if not key.startswith("classifier")}
+    assert state.keys() == none.state_dict().keys()
+    none.load_state_dict(state)
+    assert torch.equal(some(x).embedding, none(x).embedding)
+    assert none(x).logits.shape == (3, 0)
+
+
+# EfficientNet-Lite
+
+
+@pytest.fixture(scope="module")
+def lite() -> tuple[EfficientNetLite, Any]:
+    """Ours with 1000 classes, and the package's own network with other weights; both in eval mode."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    torch.manual_seed(0)
+    ours = build(description(3, 1000, name="efficientnet_lite", variant="lite0", embedding=None, unit=False))
+    assert isinstance(ours, EfficientNetLite)
+    theirs = EfficientNet.from_name("efficientnet-lite0", image_size=64)
+    stir(theirs)
+    return ours.eval(), theirs.eval()
+
+
+def test_every_weight_of_the_package_has_one_place_here(lite: tuple[EfficientNetLite, Any]) -> None:
+    ours, theirs = lite
+    mapped = {ours.own_key(key): tensor.shape for key, tensor in theirs.state_dict().items()}
+    assert len(mapped) == len(theirs.state_dict())
+    assert mapped == {key: tensor.shape for key, tensor in ours.state_dict().items()}
+
+
+def test_the_packages_weights_give_its_outputs(lite: tuple[EfficientNetLite, Any]) -> None:
+    ours, theirs = lite
+    ours.load_state_dict({ours.own_key(key): tensor for key, tensor in theirs.state_dict().items()}, strict=True)
+    x = images(2, 3, 64, 64)
+    normalised = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.inference_mode():
+        output, logits = ours(x), theirs(normalised)
+        np.testing.assert_allclose(output.logits, logits, rtol=1e-4, atol=1e-4)
+        assert logits.std() > 0.01
+        assert output.pooled.shape == (2, 1280)
+        assert ours(images(2, 3, 33, 47)).pooled.shape == (2, 1280)  # of any size
+
+
+def test_its_embedding_and_classes_are_those_that_are_asked_for() -> None:
+    fields = {"name": "efficientnet_lite", "variant": "lite0", "embedding": 7, "unit": True}
+    network = build(description(3, 0, **fields)).eval()
+    assert network.features == {"pooled": 1280, "embedding": 7}
+    output = network(images(2, 3, 32, 32))
+    assert (output.embedding.shape, output.logits.shape) == ((2, 7), (2, 0))
+    np.testing.assert_allclose(output.embedding.norm(dim=1).detach(), 1, rtol=1e-5)
+    with pytest.raises(UserError, match=r"'efficientnet_lite' \(lite0\) takes 3 channels, the images have 1"):
+        build(description(1, 4, **fields))
 
 
 # torchvision

@@ -58,9 +58,9 @@ teachers:
     task: recognition
     dataset: digits
     start: none
-    network: {{name: resnet, widths: [16, 32], blocks: 2, embedding: 8}}
+    network: {{name: resnet, widths: [16, 32], blocks: 2, embedding: 8, unit: true}}
     training: {{epochs: 2, batch: 8, learning_rate: 0.1, momentum: 0.5, weight_decay: 0.0, warmup: 0.2, clip: 1.0,
-                seed: 1, threads: 1, accelerator: cpu, devices: 1, precision: 64-true,
+                seed: 1, threads: 1, accelerator: cpu, devices: 1, precision: 64-true, per_class: 4, optimizer: sgd,
                 augment: {{shift: 1, flip: true}}}}
   taken:
     task: recognition
@@ -81,6 +81,12 @@ students:
   small:
     {{task: recognition, dataset: digits, method: kd, teacher: assistant, resolution: 7,
       network: {{name: resnet, widths: [8, 16]}}, temperature: 4.0, alpha: 0.9, training: {{epochs: 1}}}}
+  light:
+    {{task: recognition, dataset: photos, method: alone, teacher: none, resolution: 64,
+      network: {{name: efficientnet_lite, variant: lite0, embedding: 16, unit: false}},
+      objective: triplets, margin: 0.3, training: {{batch: 20, per_class: 5, optimizer: adam, learning_rate: 0.001}},
+      initial: {{file: lite0.pth, sha256: {DIGEST}, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5],
+                 origin: {{name: y, licence: none, credit: nobody, redistributable: true}}}}}}
   single:
     {{task: recognition, dataset: photos, method: alone, teacher: none, resolution: 64,
       network: {{name: torchvision, model: resnet18}}}}
@@ -161,7 +167,18 @@ def test_values_arrive_where_they_belong() -> None:
     assert taken.outside is not None
     assert taken.outside.file == "model.pth"
     assert isinstance(single.network, TorchvisionNetwork)
-    assert list(parameters.models("recognition")) == ["large", "taken", "assistant", "shared", "small", "single"]
+    light = parameters.students["light"]
+    assert isinstance(light, Alone)
+    assert (light.learns, light.margin, light.training.per_class, light.training.optimizer) == (
+        "triplets",
+        0.3,
+        5,
+        "adam",
+    )
+    assert [origin.name for origin in light.origins] == ["y"]
+    assert [origin.name for origin in taken.origins] == ["x"]
+    names = ["large", "taken", "assistant", "shared", "small", "light", "single"]
+    assert list(parameters.models("recognition")) == names
     assert parameters.models("other") == {}
     with pytest.raises(ValueError, match="frozen"):
         small.temperature = 1.0
@@ -172,7 +189,7 @@ def test_select_suggests_the_nearest_name() -> None:
     assert select(parameters.students, "small", "student") is parameters.students["small"]
     with pytest.raises(UserError, match=r"^unknown student 'smal'; did you mean 'small'\?$"):
         select(parameters.students, "smal", "student")
-    with pytest.raises(UserError, match=r"^unknown student 'x'; known: assistant, shared, single, small$"):
+    with pytest.raises(UserError, match=r"^unknown student 'x'; known: assistant, light, shared, single, small$"):
         select(parameters.students, "x", "student")
     assert suggest("x", []) == "none is known"
 
@@ -184,7 +201,7 @@ WRONG: list[tuple[str, Any, str]] = [
     # Unknown keys, everywhere.
     ("student", {}, "unknown section; did you mean 'students'?"),
     ("students.small.temprature", 3, "unknown key; did you mean 'temperature'?"),
-    ("students.single.temperature", 3, "unknown key; known: dataset, method, network, "),
+    ("students.single.temperature", 3, "unknown key; known: dataset, initial, margin, method, "),
     ("students.small.training.epoch", 3, "unknown key; did you mean 'epochs'?"),
     ("students.small.training.augment.flp", 1, "unknown key; did you mean 'flip'?"),
     ("students.small.network.width", [1], "unknown key; did you mean 'widths'?"),
@@ -193,7 +210,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.shared.shares.task", 1, "unknown key; known: pairs, points, triplets"),
     ("students.small.kd", 1, "unknown key; known: alpha, dataset, "),
     ("teachers.taken.from.fil", 1, "unknown key; did you mean 'file'?"),
-    ("teachers.taken.outside", {}, "unknown key; known: dataset, from, network, "),
+    ("teachers.taken.outside", {}, "unknown key; known: dataset, from, initial, margin, "),
     ("teachers.taken.from.network.modl", 1, "unknown key; did you mean 'model'?"),
     ("teachers.large.network.block", 1, "unknown key; did you mean 'blocks'?"),
     ("sources.wheel.wheels[1].file", "x", "unknown key; did you mean 'files'?"),
@@ -297,6 +314,9 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.small.teacher", "none", "method 'kd' needs a teacher"),
     ("students.single.teacher", "small", "input should be 'none', got 'small'"),
     ("exports.small.dataset", "photos", "must be the student's own, 'digits', got 'photos'"),
+    ("students.light.training.per_class", ABSENT, "objective 'triplets' needs it: how many images of a class"),
+    ("students.light.training.batch", 5, "objective 'triplets' needs images of two classes at least, 2 * per_class = "
+     "10, got 5"),
     # Names that cannot be names.
     ("students.a/b", {}, "a name consists of letters, digits, '-' and '_', and is not 'none'"),
     ("students.none", {}, "a name consists of letters, digits, '-' and '_', and is not 'none'"),
@@ -315,6 +335,12 @@ ELSEWHERE: list[tuple[str, Any, str]] = [
     ("teachers.large.network", ABSENT, "teachers.large: needs either 'network' (it is trained here) or 'from' "),
     ("datasets.digits.classes", ["a", "b", "a"], "datasets.digits: 'classes' names a class twice"),
     ("datasets.digits.classes", ABSENT, "datasets.digits: format 'csv' needs 'file' and 'classes'"),
+    ("students.light.training.batch", 21, "students.light.training: 'batch' = 21 must be a multiple of "),
+    ("students.light.training.momentum", 0.9, "students.light.training: 'momentum' goes with optimizer 'sgd'"),
+    ("students.light.training.learning_rate", ABSENT, "students.light.training: optimizer 'adam' needs "),
+    ("students.light.objective", "classes", "students.light: 'margin' goes with objective 'triplets'"),
+    ("teachers.taken.objective", "triplets", "teachers.taken: takes neither 'training', 'objective' nor 'initial', "),
+    ("teachers.taken.initial", {"file": "x", "sha256": DIGEST}, "teachers.taken: takes neither 'training', "),
     ("students.shared.weights.pairs", 1, "students.shared: weights.pairs and shares.pairs exclude each other"),
     ("students.shared.weights.task", 0, "students.shared: shares.pairs = 0.5 is a share of the task's gradient, and "),
     ("students.assistant.weights", dict.fromkeys(("task", "points", "pairs", "triplets"), 0),
@@ -343,6 +369,43 @@ def test_keys_that_do_not_go_together_are_answered_for_the_whole_entry(path: str
     assert line.startswith(message)
 
 
+RELATIONS_ALONE = ("students.assistant.weights.task", 0)
+
+
+def test_kd_needs_a_teacher_that_knows_classes() -> None:
+    """An assistant that learns from relations alone, or a teacher that learns from triplets."""
+    found = mistakes(edited(RELATIONS_ALONE))
+    wanted = "students.small.teacher: method 'kd' compares class scores, and 'assistant' learns no classes; use 'horkd'"
+    assert found == [wanted]
+    metric = (("objective", "triplets"), ("training.batch", 8))
+    edits = [(f"teachers.large.{key}", value) for key, value in metric]
+    assert read(edited(*edits)).teachers["large"].learns == "triplets"  # HORKD asks for embeddings only
+    found = mistakes(edited(*edits, ("students.small.teacher", "large")))
+    assert found == [wanted.replace("assistant", "large")]
+
+
+def test_kd_learns_classes() -> None:
+    edits = [("objective", "triplets"), ("training.per_class", 4)]
+    (line,) = mistakes(edited(*((f"students.small.{key}", value) for key, value in edits)))
+    assert line == "students.small.objective: method 'kd' compares class scores, and so needs 'classes', got 'triplets'"
+
+
+def test_without_the_task_what_is_deployed_has_to_be_compared() -> None:
+    """The layer after pooling would keep its first weights."""
+    edits = [RELATIONS_ALONE, ("students.small.teacher", "large")]
+    read(edited(*edits))
+    (line,) = mistakes(edited(*edits, ("students.assistant.network.embedding", 4)))
+    assert line.startswith("students.assistant.tap: without the task (weights.task = 0) nothing after the pooled ")
+    edits += [("students.assistant.network.embedding", 4), ("students.assistant.tap", "embedding")]
+    assert read(edited(*edits)).students["assistant"].learns is None
+
+
+def test_a_teacher_begins_in_one_way() -> None:
+    edits = [("teachers.large.start", "taken"), ("teachers.large.initial", {"file": "x", "sha256": DIGEST})]
+    read(edited(*edits[1:]))
+    assert mistakes(edited(*edits)) == ["teachers.large: begins either with 'initial' or with 'start'"]
+
+
 def test_the_base_of_these_edits_is_right() -> None:
     read(edited())
 
@@ -364,7 +427,7 @@ def test_teachers_in_a_circle_are_named() -> None:
 def test_a_model_of_a_task_that_is_not_there() -> None:
     found = mistakes(edited(("tasks", None)))
     assert "tasks.recognition: is missing, and students.small belongs to this task" in found
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 def test_all_of_several_mistakes_are_told() -> None:

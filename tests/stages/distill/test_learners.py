@@ -300,12 +300,12 @@ def test_some_vertices_are_drawn_anew_and_alike_in_every_process(prepared: Path,
 
 def test_the_form_is_chosen_and_kept(prepared: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = learner("horkd", prepared, run)
-    assert fast.chosen == {"relations": "compiled"}
+    assert fast.chosen == {"projection": "6 to 10", "relations": "compiled"}
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "stages.relations.compiled")
     plain = learner("horkd", prepared, run)
-    assert plain.chosen == {"relations": "blocks"}
-    assert learner("horkd", prepared, run, weights={"triplets": 0.0}).chosen == {}
+    assert plain.chosen == {"projection": "6 to 10", "relations": "blocks"}
+    assert learner("horkd", prepared, run, weights={"points": 0.0, "triplets": 0.0}).chosen == {}
     steps(plain, run, 2)
     monkeypatch.undo()
     steps(fast, run, 2)

@@ -1,4 +1,5 @@
-"""Five small learners with the structure of the five methods, LGTM itself, and a command that trains one of them.
+"""Five small learners with the structure of the five methods, LGTM itself, recognition's triplets, and a command that
+trains one of them.
 
     python tests/stages/training/toys.py NAME FOLDER [--devices 2] [--batch 8] [--precision 64-true] [--pause 0.01]
 
@@ -13,16 +14,19 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from models.recognition import Output
 from stages.distill import lgtm
 from stages.distill.horkd import pair_loss, triplet_loss
 from stages.parameters.recognition import Training
-from stages.training import Context, Method, Run, Stream, derive_seed, train
+from stages.teach.recognition import Recognition
+from stages.training import ClassStream, Context, Method, Run, Stream, derive_seed, train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distill"))
 import mutual
@@ -257,6 +261,24 @@ class Average(Toy):
         return terms
 
 
+class Triplets(Toy):
+    """Batches of whole classes, and triplets that are mined in the global batch."""
+
+    def build(self) -> None:
+        self.add("student", network(6, 4, norm=self.norm))
+        x, y = samples(10)
+        self.streams["train"] = ClassStream([x, y], self.batch, y, 4)
+        self.optimize("student", torch.optim.Adam(self.modules["student"].parameters(), lr=1), rate=0.01)
+        self.task = SimpleNamespace(_run=self.run, _learning=SimpleNamespace(learns="triplets", margin=0.2))
+
+    def step(self, context: Context) -> Mapping[str, Tensor]:
+        x, y = self.data(context)
+        embedding = self.modules["student"](x)
+        loss = Recognition.objective(self.task, Output(embedding, embedding, embedding[:, :0]), y)
+        context.update("student", {"task": loss})
+        return {"task": loss}
+
+
 class Mutual(lgtm.Learner):
     """LGTM as it is, with everything that it has to remember."""
 
@@ -278,6 +300,7 @@ TOYS = {
     "adversarial": Adversarial,
     "experts": Experts,
     "average": Average,
+    "triplets": Triplets,
     "lgtm": Mutual,
 }
 
