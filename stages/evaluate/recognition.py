@@ -68,10 +68,9 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
             **_recall(samples),
             "calibration_error": expected_calibration_error(confidence, correct),
         }
-    pairs = data.pairs(prepared, split) if dataset["verification"] else None
-    verified = pairs is not None and len(pairs) > 0
-    if pairs is not None and verified:
-        metrics |= _verification(embeddings, labels, ids, pairs)
+    pairs = data.pairs(prepared, split)
+    if verified := len(pairs.same) > 0:
+        metrics |= _verification(embeddings, labels, pairs)
     further = {}
     if settings.resolutions:
         rows = []
@@ -171,18 +170,11 @@ def _by_class(samples: pd.DataFrame, names: list[str], searched: bool) -> pd.Dat
     return classes
 
 
-def _verification(embeddings: Tensor, labels: Tensor, ids: list[str], pairs: pd.DataFrame) -> dict[str, float]:
-    """What can be said of pairs, and of a gallery.
-
-    Args:
-        pairs: fold, first and second (ids), same.
-    """
-    place = {name: row for row, name in enumerate(ids)}
+def _verification(embeddings: Tensor, labels: Tensor, pairs: data.Pairs) -> dict[str, float]:
+    """What can be said of pairs, and of a gallery."""
     unit = retrieval.cosine(embeddings).cpu()
-    first, second = ([place[name] for name in pairs[side]] for side in ("first", "second"))
-    similarity = (unit[first] * unit[second]).sum(1).numpy()
-    same, fold = pairs["same"].to_numpy() == 1, pairs["fold"].to_numpy()
-    mean, error = retrieval.verification(similarity, same, fold)
+    similarity = (unit[pairs.first] * unit[pairs.second]).sum(1).numpy()
+    mean, error = retrieval.verification(similarity, pairs.same, pairs.fold)
     found = {"verification": mean, "verification_error": error}
     accepted = retrieval.true_accepts(embeddings, labels, FALSE_ACCEPTS)
     found |= {f"tar_at_far_{rate:g}": value for rate, value in zip(FALSE_ACCEPTS, accepted, strict=False)}

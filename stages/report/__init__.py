@@ -11,7 +11,7 @@ Files are read, nothing is trained; a network may run on the few samples that ar
 A task adds `stages/report/<task>.py`, which has
 
     METRICS         what stages/evaluate/<task>.py measures, in the order of the columns: {name: results.Metric}
-    main_metric     the name of the one that models are compared by: main_metric(its data set in params.yaml) -> str;
+    main_metric     the name of the one that models are compared by: main_metric(group: results.Group) -> str;
                     stages/scores/<task>.py says what it is made from
     BESIDE          another of them that stands beside it, on the test split, where a model has it; None otherwise
     PARITY          the one that exports are checked by: results.Metric

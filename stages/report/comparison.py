@@ -86,7 +86,7 @@ def main_metric(group: Group, task: Any) -> tuple[str, Metric]:
     Raises:
         UserError: a model has no such figure: it was evaluated before the data set's metric was changed.
     """
-    name = task.main_metric(group.entry)
+    name = task.main_metric(group)
     for model in group.models:
         # Only a test split is sure to have samples of every kind.
         if name not in model.metrics["test"]:

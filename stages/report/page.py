@@ -239,6 +239,12 @@ td.long { white-space: normal; min-width: 22rem; max-width: 60rem; overflow-wrap
 .views div { font-size: .76rem; color: var(--soft); }
 .views img { display: block; width: 96px; height: 96px; border: 1px solid var(--line); border-radius: 2px; }
 .views img.pixels { image-rendering: pixelated; }
+.near { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: .3rem; margin: .15rem 0 .6rem;
+  font-size: .8rem; line-height: 1.2; text-align: center; }
+.near img { display: block; width: 100%; height: auto; border: 2px solid var(--line); border-radius: 3px;
+  image-rendering: pixelated; }
+.near .right img { border-color: var(--good); }
+.near .wrong img { border-color: var(--bad); border-style: dashed; }
 .scenes { display: grid; gap: .9rem; }
 .maps { display: flex; flex-wrap: wrap; gap: .7rem; }
 .maps div { width: min(176px, calc(50% - .35rem)); font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; }

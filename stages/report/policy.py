@@ -73,9 +73,9 @@ PUBLISHED: dict[str, list[Published]] = {
 """Success rates (VDD card 6, project website): name, what it is here, mean, standard deviation over seeds."""
 
 
-def main_metric(dataset: Dataset) -> str:
+def main_metric(group: Group) -> str:
     """Where there is no environment, there is only the loss on demonstrations."""
-    return "loss" if _environment(dataset) == "none" else "success"
+    return "loss" if _environment(group.entry) == "none" else "success"
 
 
 def relatives(model: Model) -> tuple[str, ...]:

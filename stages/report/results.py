@@ -198,6 +198,15 @@ def agreement(model: Model, other: Model, answer: str, split: str) -> float | No
     return float((ours == theirs.reindex(ours.index)).mean())
 
 
+def further(model: Model, kind: str) -> pd.DataFrame | None:
+    """A table that only some tasks have, reports/evaluation/<task>/<model>.<kind>.csv; None where it is absent.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return _table(paths.evaluation(model.task) / f"{model.name}.{kind}.csv")
+
+
 def read_task(task: str, parameters: Parameters) -> list[Group]:
     """Everything about a task, a group per data set.
 

@@ -34,12 +34,13 @@ def choose(tables: dict[str, pd.DataFrame], disagreed: int, others: int) -> tupl
 
 
 def opinion(model: str, row: Any, answer: str) -> Html:
-    """One line: right or wrong, who, what it takes the sample for, and how sure it is.
+    """One line: right or wrong, who, what it takes the sample for, and how sure it is, if it says so.
 
     Args:
         row: of its samples.
     """
     right = bool(row["correct"])
     mark = tag("span", "\N{CHECK MARK}" if right else "\N{BALLOT X}", title="right" if right else "wrong")
-    said = tag("span", tag("b", answer), f" {100 * row['confidence']:.0f} %")
+    sure = None if pd.isna(row["confidence"]) else f" {100 * row['confidence']:.0f} %"
+    said = tag("span", tag("b", answer), sure)
     return tag("li", mark, tag("span", model), said, class_="right" if right else "wrong")

@@ -10,7 +10,6 @@ from data.errors import UserError
 from data.files import digest
 from models.artifacts import load_model
 from stages import paths
-from stages.parameters.shared import Dataset
 from stages.report import charts, pictures, samples, sections
 from stages.report.page import Html, join, note, tag
 from stages.report.results import Group, Metric, Model
@@ -40,7 +39,7 @@ DIFFERENT, OTHERS = 4, 2
 SHOWN, KEPT = 176, 352
 
 
-def main_metric(dataset: Dataset) -> str:
+def main_metric(group: Group) -> str:
     """The same of every data set."""
     return "miou"
 

@@ -9,7 +9,6 @@ from data import text as data
 from data.errors import UserError
 from stages import paths
 from stages.influence import detection, influences, readable
-from stages.parameters.shared import Dataset
 from stages.report import charts, samples, sections
 from stages.report.page import Html, code, join, note, table, tag
 from stages.report.results import CO_TRAINED, PRETRAINED, Group, Metric, Model
@@ -35,9 +34,9 @@ SHOWN, SHOWN_IN_TABLE = 420, 220
 QUANTILES = {"highest tenth": 0.9, "median": 0.5, "lowest tenth": 0.1}
 
 
-def main_metric(dataset: Dataset) -> str:
+def main_metric(group: Group) -> str:
     """The data set's own."""
-    return str(getattr(dataset, "metric", "accuracy"))
+    return str(getattr(group.entry, "metric", "accuracy"))
 
 
 def relatives(model: Model) -> tuple[str, ...]:

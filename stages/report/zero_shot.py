@@ -10,7 +10,6 @@ from data.errors import UserError
 from models.artifacts import DESCRIPTION, load_model
 from stages import paths
 from stages.evaluate.zero_shot import ADDED, SEEN, UNSEEN, trade_off
-from stages.parameters.shared import Dataset
 from stages.report import charts, pictures, samples, sections
 from stages.report.comparison import NOTHING
 from stages.report.page import Html, join, note, table, tag
@@ -46,9 +45,9 @@ SIDE = 96
 SYNTHESISED, POINTS, PANELS = 300, 50, 12
 
 
-def main_metric(dataset: Dataset) -> str:
+def main_metric(group: Group) -> str:
     """Images are there for an encoder, which only learns the seen classes."""
-    return "seen" if getattr(dataset, "format", None) == "renderings" else "harmonic_mean"
+    return "seen" if getattr(group.entry, "format", None) == "renderings" else "harmonic_mean"
 
 
 def relatives(model: Model) -> tuple[str, ...]:

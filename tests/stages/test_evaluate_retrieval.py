@@ -388,23 +388,27 @@ def test_a_class_of_one_image_asks_no_question(tmp_path: Path) -> None:
 
 
 def test_models_see_what_was_reduced_in_their_own_size(tmp_path: Path) -> None:
-    """Reduced further as in training, or enlarged and clamped; 16 is more than the data set has, and is left out."""
-    embeddings, _ = prepare(tmp_path, held_out=True, pairs=False)
+    """Reduced as in training, or enlarged and clamped; 16 is more than the data set has, and is left out."""
+    prepare(tmp_path, held_out=True, pairs=False)
     generator = torch.Generator().manual_seed(0)
-    # Hard edges, that bicubic overshoots.
-    sharp = (torch.rand(COUNT, 1, SIDE, SIDE, generator=generator) < 0.5).to(torch.uint8) * 255
+    # Hard edges between quarters, that bicubic overshoots.
+    quarters = torch.rand(COUNT, 1, 2, 2, generator=generator) < 0.5
+    sharp = quarters.repeat_interleave(SIDE // 2, 2).repeat_interleave(SIDE // 2, 3).to(torch.uint8) * 255
     np.save(tmp_path / "images.npy", sharp.numpy())
     constant = np.zeros((256, 6), np.float32)
-    result, network = run(tmp_path, constant, 0, side=4, batch=30, resolutions=[2, 4, 6, 8, 16])
+    result, network = run(tmp_path, constant, 0, side=6, batch=30, resolutions=[2, 4, 6, 8, 16])
     ordinary, two, four, six, eight = network.seen
     unit = data.to_unit(sharp[1::2])
-    enlarged = nn.functional.interpolate(data.downsample(unit, 2), (4, 4), mode="bicubic", align_corners=False)
-    torch.testing.assert_close(two, enlarged.clamp(0, 1))
-    assert enlarged.min() < 0 or enlarged.max() > 1
-    assert torch.equal(four, data.downsample(unit, 4))
-    assert torch.equal(six, data.downsample(data.downsample(unit, 6), 4))
+    for few, seen in ((2, two), (4, four)):
+        enlarged = nn.functional.interpolate(data.downsample(unit, few), (6, 6), mode="bicubic", align_corners=False)
+        torch.testing.assert_close(seen, enlarged.clamp(0, 1))
+    assert enlarged.min() < -0.01
+    assert torch.equal(six, ordinary)
     assert torch.equal(eight, ordinary)
-    assert torch.equal(ordinary, data.downsample(unit, 4))
+    assert torch.equal(ordinary, data.downsample(unit, 6))
+    _, network = run(tmp_path, constant, 0, side=4, batch=30, resolutions=[6])
+    assert torch.equal(network.seen[1], data.downsample(data.downsample(unit, 6), 4))
+    assert not torch.equal(network.seen[1], network.seen[0])
     assert result.further["resolutions"]["resolution"].tolist() == [2, 4, 6, 8]
 
 

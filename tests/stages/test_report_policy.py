@@ -211,8 +211,8 @@ def test_other_tasks_have_nothing_beside() -> None:
 
 def test_without_an_environment_there_is_only_the_loss() -> None:
     found = elsewhere("none")
-    assert policy.main_metric(found.entry) == "loss"
-    assert policy.main_metric(group().entry) == "success"
+    assert policy.main_metric(found) == "loss"
+    assert policy.main_metric(group()) == "success"
     teacher = dataclasses.replace(found.models[0], metrics={"test": {"loss": 0.1}, "validation": {"loss": 0.1}})
     assert policy.relatives(teacher) == ()
     assert policy.relatives(found.models[0]) == ("alone", "em")
