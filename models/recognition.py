@@ -134,15 +134,23 @@ class EfficientNetLite(Network):
 
 
 class TorchvisionNetwork(Network):
-    """A ResNet of torchvision; its embedding is the pooled feature."""
+    """A ResNet of torchvision."""
 
-    def __init__(self, normalise: Normalise, channels: int, classes: int, model: str) -> None:
+    def __init__(
+        self,
+        normalise: Normalise,
+        channels: int,
+        classes: int,
+        model: str,
+        embedding: int | None = None,
+        unit: bool = False,
+    ) -> None:
         super().__init__()
         self.normalise = normalise
         self.backbone = _torchvision_model(model)
         _require_colour(f"{model!r} of torchvision", channels)
         pooled = self.backbone.fc.in_features
-        self._finish(pooled, None, False, classes)
+        self._finish(pooled, embedding, unit, classes)
         self.backbone.fc = nn.Identity()
 
     def forward(self, images: Tensor) -> Output:

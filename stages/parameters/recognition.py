@@ -122,10 +122,14 @@ class EfficientNetLite(Section):
 
 
 class TorchvisionNetwork(Section):
-    """A ResNet of torchvision, with three input channels; for models that were trained elsewhere."""
+    """A ResNet of torchvision, with three input channels; for models that were trained elsewhere. `embedding` and
+    `unit` are those of `resnet`.
+    """
 
     name: Literal["torchvision"]
     model: Annotated[str, Field(pattern=r"^(resnet|resnext|wide_resnet)")]
+    embedding: Positive | None = None
+    unit: bool = False
 
 
 Network = Annotated[ResNet | EfficientNetLite | TorchvisionNetwork, Field(discriminator="name")]

@@ -266,6 +266,14 @@ def pair() -> tuple[TorchvisionNetwork, Any]:
     return ours.eval(), theirs.eval()
 
 
+def test_a_network_of_torchvision_may_have_an_embedding() -> None:
+    network = build(description(3, 5, name="torchvision", model="resnet18", embedding=6, unit=True)).eval()
+    output = network(torch.rand(2, 3, 32, 32))
+    assert [tuple(part.shape) for part in output] == [(2, 512), (2, 6), (2, 5)]
+    assert torch.allclose(output.embedding, F.normalize(network.embedding(output.pooled)), atol=1e-6)
+    assert network.features == {"pooled": 512, "embedding": 6}
+
+
 def test_every_weight_of_torchvision_has_one_place_here(pair: tuple[TorchvisionNetwork, Any]) -> None:
     ours, theirs = pair
     state = theirs.state_dict()
