@@ -71,7 +71,7 @@ class Recognition(Task):
         self._train = data.load(prepared, "train")[1:]
         self._validation = data.load(prepared, "validation")[1:]
         # Of classes that are held out nobody can be right about one.
-        self._asks_classes = bool(self.interface["classes"]) and not description.get("held_out")
+        self._asks_classes = bool(self.interface["classes"]) and not description["held_out"]
         torch.manual_seed(derive_seed(training.seed, "weights"))
         self.student = self._place(models.build({"network": self.network, "interface": self.interface}))
         self.teacher, self.teacher_resolution = None, resolution
