@@ -1,8 +1,10 @@
 """Figures of embeddings against slow computations: neighbours, MAP@R, NMI, pairs, a gallery, lower resolutions."""
 
 import itertools
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from data.errors import UserError
 from data.files import write_json
 from models.artifacts import Description
 from models.recognition import Output
+from stages.evaluate import __main__ as stage
 from stages.evaluate import retrieval
 from stages.evaluate.recognition import FALSE_ACCEPTS, evaluate, table
 from stages.evaluate.result import Result
@@ -466,3 +469,27 @@ def test_the_table_needs_no_logits() -> None:
     found = table("test", [str(row) for row in range(9)], labels, None, embeddings)
     assert found["prediction"].tolist() == labels[retrieval.nearest(embeddings, labels, 1)[:, 0]].tolist()
     assert table("test", found["id"].tolist(), labels, torch.eye(3)[labels], embeddings)["correct"].all()
+
+
+def test_the_stage_writes_every_table_of_both_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepared = Path("data/prepared/recognition/tiny")
+    prepared.mkdir(parents=True)
+    embeddings, _ = prepare(prepared, held_out=True, pairs=True)
+    interface = {"classes": [], "resolution": SIDE, "channels": 1}
+    description = Description("toy", "recognition", "student", {}, interface, {}, {"name": "tiny"}, None, None, [])
+    network = Lookup(torch.from_numpy(embeddings), 0).eval()
+    parameters = SimpleNamespace(tasks={"recognition": Task(resolutions=[4, 8])}, models=lambda key: {"toy": None})
+    monkeypatch.setattr(stage, "load", lambda: parameters)
+    monkeypatch.setattr(stage, "load_model", lambda folder: (network, description))
+    monkeypatch.setattr(stage.paths, "require_validated", lambda task, dataset: None)
+    stage.main("recognition")
+    details = Path("reports/evaluation/recognition")
+    for kind in ("samples", "classes", "resolutions"):
+        assert set(pd.read_csv(details / f"toy.{kind}.csv")["split"]) == {"validation", "test"}
+    found = pd.read_csv(details / "toy.resolutions.csv")
+    assert found["resolution"].tolist() == [4, 8, 4, 8]
+    metrics = json.loads(Path("reports/metrics/recognition/toy.json").read_text())
+    assert next(iter(metrics["validation"])) == "recall_at_1"
+    assert found.iloc[3]["recall_at_1"] == metrics["test"]["recall_at_1"]
+    assert (pd.read_csv(details / "toy.samples.csv")["confidence"].isna()).all()
