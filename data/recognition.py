@@ -17,7 +17,7 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -649,6 +649,15 @@ def describe(prepared: Path) -> dict[str, Any]:
 def class_names(description: dict[str, Any]) -> list[str]:
     """The name of every label: of the classes of training, then of those held out."""
     return [*description["classes"], *description["held_out"]]
+
+
+def retrieves(interface: Mapping[str, Any], dataset: Mapping[str, Any]) -> bool:
+    """Whether a model answers by the nearest sample: it knows no classes, or those of the split are none of them.
+
+    Args:
+        interface: of a model's description. dataset: dataset.json.
+    """
+    return not interface["classes"] or bool(dataset["held_out"])
 
 
 # Batches. torch is imported inside: preparing and validating do not need it, and every stage pays its imports.

@@ -73,7 +73,7 @@ def evaluate(files: Path, description: Mapping[str, Any], prepared: Path) -> pd.
     session = onnxruntime.InferenceSession(str(files / ONNX), options, providers=["CPUExecutionProvider"])
     ids, images, labels = data.load(prepared, "test")
     small = data.downsample(data.to_unit(images), description["interface"]["resolution"]).numpy()
-    searched = evaluation.retrieves(description["interface"], data.describe(prepared))
+    searched = data.retrieves(description["interface"], data.describe(prepared))
     wanted, name = ["embedding"] if searched else ["embedding", "logits"], description["input"]["name"]
     parts = [session.run(wanted, {name: part}) for part in np.split(small, range(256, len(small), 256))]
     embeddings, *logits = (torch.from_numpy(np.concatenate(output)) for output in zip(*parts, strict=True))

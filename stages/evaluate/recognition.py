@@ -1,8 +1,6 @@
 """Recognition: top-1, per-class accuracy, calibration; Recall@K of the embedding, MAP@R, NMI, pairs, a gallery."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -23,15 +21,6 @@ FALSE_ACCEPTS = (0.1, 0.01, 0.001)
 NEIGHBOURS = 5
 
 
-def retrieves(interface: Mapping[str, Any], dataset: Mapping[str, Any]) -> bool:
-    """Whether a model answers by the nearest sample: it knows no classes, or those of the split are none of them.
-
-    Args:
-        interface: of a model's description. dataset: dataset.json.
-    """
-    return not interface["classes"] or bool(dataset["held_out"])
-
-
 def evaluate(network: nn.Module, description: Description, prepared: Path, split: str, settings: Task) -> Result:
     """All figures of one model on one split.
 
@@ -48,7 +37,7 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
     """
     dataset = data.describe(prepared)
     ids, images, labels = data.load(prepared, split)
-    side, searched = description.interface["resolution"], retrieves(description.interface, dataset)
+    side, searched = description.interface["resolution"], data.retrieves(description.interface, dataset)
     if searched and labels.bincount().max() < 2:
         raise UserError(
             f"the {split} split of {prepared.name!r} has no two images of a class, so that none can find another "

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from data import recognition as data
 from models.artifacts import Description
+from stages.evaluate.retrieval import same_class_rank
 
 INPUT = "images"
 OUTPUTS = ("logits", "embedding")
 AXES = ("batch",)
 FILES: dict[str, str] = {}
 MEASURED = "validation images"
-
-CHUNK = 1024  # rows of distances at a time
 
 
 class Graph(nn.Module):
@@ -39,38 +38,31 @@ class Graph(nn.Module):
 
 
 def inputs(prepared: Path, description: Description) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The validation split as the graph takes it, float32 (N, C, r, r), and what the metric compares with."""
+    """The validation split as the graph takes it, float32 (N, C, r, r), and what the metric compares with: labels (N,);
+    (N, 1) of samples that are to find each other, as no class of the student is theirs.
+    """
     _, images, labels = data.load(prepared, "validation")
     with torch.inference_mode():
         small = data.downsample(data.to_unit(images), description.interface["resolution"])
-    return {INPUT: small.numpy()}, labels.numpy()
+    searched = data.retrieves(description.interface, data.describe(prepared))
+    return {INPUT: small.numpy()}, labels.numpy()[:, None] if searched else labels.numpy()
 
 
 def answers(outputs: list[np.ndarray]) -> np.ndarray:
-    """What the metric needs of the outputs: classes (B,); without classes embeddings (B, width)."""
-    first, *others = outputs
-    found: np.ndarray = first.argmax(1) if others else first
-    return found
+    """What the metric needs of the outputs, (B, 1 + width): the class, -1 without classes; and the embedding."""
+    *logits, embedding = outputs
+    found = logits[0].argmax(1) if logits else np.full(len(embedding), -1)
+    return np.column_stack([found, embedding])
 
 
 def metric(found: np.ndarray, target: np.ndarray) -> float:
-    """Top-1; of embeddings Recall@1, as evaluation has it: the share of images whose nearest other one is of their
-    class, of those whose class has another. Among equals the other classes come first.
+    """Top-1, or, of samples that are to find each other, Recall@1, both as evaluation has them.
 
     Args:
-        found: (N,) classes or (N, width) embeddings. target: (N,) labels.
+        found: (N, 1 + width), see `answers`. target: (N,) or (N, 1) labels, see `inputs`.
     """
-    if found.ndim == 1:
-        return float((found == target).mean())
-    points, labels = torch.from_numpy(found), torch.from_numpy(target)
-    asked = hit = 0
-    for start in range(0, len(points), CHUNK):
-        rows = torch.arange(start, min(start + CHUNK, len(points)))
-        # Without a matrix product: what it rounds away would decide between near neighbours.
-        distance = torch.cdist(points[rows], points, compute_mode="donot_use_mm_for_euclid_dist")
-        distance[torch.arange(len(rows)), rows] = torch.inf
-        same = labels[rows, None] == labels
-        near, far = (distance.masked_fill(~mask, torch.inf).amin(1) for mask in (same, ~same))
-        asked += int((same.sum(1) > 1).sum())
-        hit += int((near < far).sum())
-    return hit / asked if asked else 0.0
+    if target.ndim == 1:
+        return float((found[:, 0] == target).mean())
+    ranks = same_class_rank(torch.from_numpy(found[:, 1:]), torch.from_numpy(target[:, 0]))
+    asked = ranks > 0
+    return float((ranks[asked] == 1).double().mean()) if asked.any() else 0.0

@@ -149,21 +149,27 @@ def slow_recall(points: np.ndarray, labels: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_recall_of_a_parity_check(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes with one image, ties and fewer rows than a chunk included."""
-    monkeypatch.setattr(task, "CHUNK", 7)
+@pytest.mark.parametrize("classes", [True, False])
+def test_a_parity_check_asks_for_what_the_student_answers(seed: int, classes: bool) -> None:
+    """Classes with one image and ties included; the same outputs, and labels that are its own or others'."""
     generator = np.random.default_rng(seed)
-    points = generator.integers(0, 3, (20, 2)).astype(np.float32) if seed % 2 else generator.normal(size=(20, 3))
+    points = generator.integers(0, 3, (20, 2)) if seed % 2 else generator.normal(size=(20, 3))
     labels = generator.integers(0, 9, 20)
     labels[0] = 9
-    assert task.metric(points, labels) == pytest.approx(slow_recall(points, labels))
+    points, logits = points.astype(np.float32), generator.normal(size=(20, 10)).astype(np.float32)
+    found = task.answers([logits, points] if classes else [points])
+    assert task.metric(found, labels[:, None]) == pytest.approx(slow_recall(points, labels))
+    if classes:
+        assert task.metric(found, labels) == np.mean(
+            [row.argmax() == label for row, label in zip(logits, labels, strict=True)]
+        )
 
 
 def test_recall_of_what_asks_nothing_and_of_what_collapsed() -> None:
-    points = np.zeros((4, 2), dtype=np.float32)
-    assert task.metric(points, np.arange(4)) == 0
-    assert task.metric(points, np.array([0, 0, 1, 1])) == 0
-    assert task.metric(points, np.zeros(4, dtype=int)) == 1
+    found = task.answers([np.zeros((4, 2), dtype=np.float32)])
+    assert task.metric(found, np.arange(4)[:, None]) == 0
+    assert task.metric(found, np.array([0, 0, 1, 1])[:, None]) == 0
+    assert task.metric(found, np.zeros((4, 1), dtype=int)) == 1
 
 
 def test_a_difference_beyond_tolerance_is_refused(project: Path) -> None:

@@ -16,6 +16,7 @@ from models.recognition import build
 from stages import relations
 from stages.distill import alone, horkd, kd
 from stages.parameters import recognition as schema
+from stages.relations import compiled
 from stages.teach.recognition import Recognition, for_student, for_teacher
 from stages.training import Context, Run
 
@@ -135,7 +136,7 @@ def test_an_order_with_weight_zero_is_not_computed(
 
     part, name = {
         "points": (horkd, "point_loss"),
-        "pairs": (relations, "_pairs"),
+        "pairs": (compiled, "pairs"),
         "triplets": (relations, "_triplets"),
     }[order]
     monkeypatch.setattr(part, name, refuse)
