@@ -442,7 +442,7 @@ def _of_two_classes(rows: Sequence[np.ndarray], count: int, generator: np.random
     ends = np.cumsum([len(own) for own in rows])
     end = np.repeat(ends, [len(own) for own in rows])  # where the classes after a row's own begin
     before = np.concatenate([[0], np.cumsum(len(everything) - end)])
-    # A number per pair, so that no table of all of them is needed.
+    # A number per pair stands for a table of all of them.
     drawn = np.sort(generator.choice(before[-1], min(count, before[-1]), replace=False))
     first = np.searchsorted(before, drawn, side="right") - 1
     return everything[np.stack([first, end[first] + drawn - before[first]])]

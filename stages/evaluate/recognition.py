@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from data import recognition as data
 from data.errors import UserError
-from models.artifacts import Description
+from models.artifacts import Description, load_model
+from stages import paths
 from stages.evaluate import retrieval
 from stages.evaluate.calibration import expected_calibration_error
 from stages.evaluate.result import Result
+from stages.neighbours import recall, same_class_rank
 from stages.parameters.recognition import Task
 
 RECALL_AT = (1, 2, 4, 8)
@@ -27,7 +29,9 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
     Where classes are held out, and of a model that knows no classes, `recall_at_1` and so on, `map_at_r` and `nmi`;
     else `top_1`, `worst_class`, `recall_at_1` and so on, and `calibration_error`. Where the data set has pairs of this
     split also `verification` and `verification_error` (its standard error over folds), `tar_at_far_0.1` and so on, and
-    `rank_1`. The table `resolutions` says what the main figure and `rank_1` are at each of `settings.resolutions`.
+    `rank_1`; for students that learnt the embeddings of their source `rank_1_by_source`, with the source's gallery, at
+    its resolution. The table `resolutions` says what the main figure and `rank_1` are at each of
+    `settings.resolutions`.
 
     Args:
         network: in eval mode; it is fed images at the resolution of its description.
@@ -46,20 +50,25 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
     logits, embeddings = _outputs(network, images, side, settings.batch)
     labels = labels.to(embeddings.device)
     samples = table(split, ids, labels, None if searched else logits, embeddings)
+    ranks = torch.tensor(samples["same_class_rank"].to_numpy())
     classes = _by_class(samples, data.class_names(dataset), searched)
     if searched:
-        metrics = _recall(samples) | retrieval.clustering(embeddings, labels, settings.seed)
+        metrics = _recall(ranks) | retrieval.clustering(embeddings, labels, settings.seed)
     else:
         confidence, correct = logits.softmax(1).amax(1).cpu(), torch.from_numpy(samples["correct"].to_numpy() == 1)
         metrics = {
             "top_1": correct.double().mean().item(),
             "worst_class": float(classes["accuracy"].min()),
-            **_recall(samples),
+            **_recall(ranks),
             "calibration_error": expected_calibration_error(confidence, correct),
         }
     pairs = data.pairs(prepared, split)
     if verified := len(pairs.same) > 0:
         metrics |= _verification(embeddings, labels, pairs)
+        if (source := _source(description)) is not None:
+            gallery = _outputs(source[0], images, source[1], settings.batch)[1]
+            if (share := retrieval.rank_1(gallery, embeddings, labels)) is not None:
+                metrics["rank_1_by_source"] = share
     further = {}
     if settings.resolutions:
         rows = []
@@ -69,13 +78,14 @@ def evaluate(network: nn.Module, description: Description, prepared: Path, split
             few, seen = _outputs(network, images, side, settings.batch, resolution)
             found = {"split": split, "resolution": resolution}
             if searched:
-                found |= _recall(table(split, ids, labels, None, seen), (1,))
+                found["recall_at_1"] = recall(same_class_rank(seen, labels))
             else:
                 found["top_1"] = (few.argmax(1) == labels).double().mean().item()
             if searched or verified:
                 found["rank_1"] = retrieval.rank_1(embeddings, seen, labels)
             rows.append(found)
-        further["resolutions"] = pd.DataFrame(rows).round(6)
+        if rows:
+            further["resolutions"] = pd.DataFrame(rows).round(6)
     return Result({name: round(value, 6) for name, value in metrics.items()}, samples, classes, further)
 
 
@@ -101,10 +111,24 @@ def table(split: str, ids: list[str], labels: Tensor, logits: Tensor | None, emb
             "prediction": prediction.cpu().numpy(),
             "confidence": confidence.double().cpu().round(decimals=6).numpy(),
             "correct": (prediction == labels).int().cpu().numpy(),
-            "same_class_rank": retrieval.same_class_rank(embeddings, labels).cpu().numpy(),
+            "same_class_rank": same_class_rank(embeddings, labels).cpu().numpy(),
             "neighbours": [" ".join(map(str, row)) for row in near.tolist()],
         }
     )
+
+
+def _source(description: Description) -> tuple[nn.Module, int] | None:
+    """The network whose embeddings a student learnt to give (order 1, without a projection), and its resolution.
+
+    Source: HORKD card 6 (small probes, gallery of full resolution); that it is the source's is this project's choice.
+    """
+    recipe = description.recipe
+    if recipe.get("method") != "horkd" or recipe["tap"] != "embedding" or "projection" in description.chosen:
+        return None
+    if not (recipe["weights"]["points"] or recipe["shares"]["points"]) or description.teacher is None:
+        return None
+    network, source = load_model(paths.trained("recognition", description.teacher["name"]))
+    return network, source.interface["resolution"]
 
 
 def _outputs(
@@ -137,11 +161,9 @@ def _brought_to(images: Tensor, side: int) -> Tensor:
     return F.interpolate(images, (side, side), mode="bicubic", align_corners=False).clamp(0, 1)
 
 
-def _recall(samples: pd.DataFrame, recall_at: tuple[int, ...] = RECALL_AT) -> dict[str, float]:
-    """Of the samples whose class has another: nobody can be found where every class has one sample."""
-    rank = samples["same_class_rank"]
-    comparable = rank[rank > 0]
-    return {f"recall_at_{k}": float((comparable <= k).mean()) for k in recall_at} if len(comparable) else {}
+def _recall(ranks: Tensor) -> dict[str, float]:
+    """Of (N,) ranks; nothing where no class has two samples."""
+    return {f"recall_at_{k}": share for k in RECALL_AT if (share := recall(ranks, k)) is not None}
 
 
 def _by_class(samples: pd.DataFrame, names: list[str], searched: bool) -> pd.DataFrame:

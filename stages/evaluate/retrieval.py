@@ -1,48 +1,19 @@
 """How well embeddings tell classes apart that no training has seen: neighbours, pairs of images, a gallery.
 
-Neighbours are those of the Euclidean distance between embeddings as they are; pairs and gallery are compared by the
-cosine. Among equals whatever is wrong comes first everywhere, so that embeddings that collapsed find nothing.
+Neighbours are those of `stages.neighbours`; pairs and gallery are compared by the cosine. Among equals whatever is
+wrong comes first everywhere, so that embeddings that collapsed find nothing.
 """
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of a table of distances that are made at once.
-CHUNK = 1024
-
-
-def _distances(embeddings: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time: their distances (rows, N) to all samples, infinite to themselves."""
-    for start in range(0, len(embeddings), chunk):
-        rows = slice(start, start + chunk)
-        distance = torch.cdist(embeddings[rows], embeddings, compute_mode="donot_use_mm_for_euclid_dist")
-        distance.diagonal(start).fill_(float("inf"))
-        yield rows, distance
-
-
-def same_class_rank(embeddings: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
-    """(N,) int64: the place, from 1, of the nearest other sample of the same class among all other samples.
-
-    0 where the class has no other sample. Neighbours by Euclidean distance, leave-one-out; among equals the other
-    classes come first, so that embeddings that collapsed find nothing. Recall@K is the share of ranks <= K.
-
-    Args:
-        embeddings: (N, D). labels: (N,).
-    """
-    ranks = []
-    for rows, distance in _distances(embeddings, chunk):
-        same = labels[rows, None] == labels[None, :]
-        same.diagonal(rows.start).fill_(False)
-        nearest = distance.masked_fill(~same, float("inf")).amin(1, keepdim=True)
-        closer = ((distance <= nearest) & ~same).sum(1)
-        ranks.append(torch.where(same.any(1), closer + 1, 0))
-    return torch.cat(ranks)
+from stages.neighbours import CHUNK, distances
 
 
 def nearest(embeddings: Tensor, labels: Tensor, count: int, chunk: int = CHUNK) -> Tensor:
@@ -56,10 +27,11 @@ def nearest(embeddings: Tensor, labels: Tensor, count: int, chunk: int = CHUNK) 
     """
     count, found = min(count, len(embeddings) - 1), []
     own = torch.arange(len(embeddings), device=embeddings.device)
-    for rows, distance in _distances(embeddings, chunk):
+    for rows, distance in distances(embeddings, chunk):
         same = labels[rows, None] == labels[None, :]
         # One whole number each, in the order that is wanted: the bits of a float that is not negative have its order.
         order = distance.float().view(torch.int32).long() << 32 | same.long() << 31 | own
+        order.diagonal(rows.start).fill_(torch.iinfo(torch.int64).max)
         found.append(order.topk(count, largest=False).indices)
     return torch.cat(found)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from data import recognition as data
 from models.artifacts import Description
-from stages.evaluate.retrieval import same_class_rank
+from stages.neighbours import recall, same_class_rank
 
 INPUT = "images"
 OUTPUTS = ("logits", "embedding")
@@ -63,6 +63,4 @@ def metric(found: np.ndarray, target: np.ndarray) -> float:
     """
     if target.ndim == 1:
         return float((found[:, 0] == target).mean())
-    ranks = same_class_rank(torch.from_numpy(found[:, 1:]), torch.from_numpy(target[:, 0]))
-    asked = ranks > 0
-    return float((ranks[asked] == 1).double().mean()) if asked.any() else 0.0
+    return recall(same_class_rank(torch.from_numpy(found[:, 1:]), torch.from_numpy(target[:, 0]))) or 0.0

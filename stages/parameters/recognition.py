@@ -284,8 +284,8 @@ class HORKD(AnyStudent):
     Relatives are settings: FitNet has the weights 0 for pairs and triplets, RKD 0 for points, and `direct` (no
     assistant) names the teacher itself. Without the task (weight 0) the student learns no classes. Where its width and
     its source's differ, points are compared through a linear layer without bias, which exists in training only.
-    `vertices` compares angles at so many samples of a batch, drawn anew at every
-    step, instead of at all: for very large batches.
+    `vertices` compares angles at so many samples of a batch, drawn anew at every step, instead of at all: for very
+    large batches.
     """
 
     class Weights(Section):
@@ -319,6 +319,10 @@ class HORKD(AnyStudent):
                 raise ValueError(f"shares.{name} = {share:g} is a share of the task's gradient, and weights.task is 0")
             if share is not None and name in self.weights.model_fields_set:
                 raise ValueError(f"weights.{name} and shares.{name} exclude each other")
+        if self.learns is None and (unused := sorted(self.model_fields_set & {"objective", "margin"})):
+            raise ValueError(f"'{unused[0]}' says what the task is, and weights.task is 0")
+        if self.vertices is not None and not self.wanted("triplets"):
+            raise ValueError("'vertices' is about triplets, whose weight is 0")
         return self
 
     @property

@@ -18,6 +18,7 @@ in stages/distill/horkd.py.
 
 import importlib
 import logging
+import math
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -34,13 +35,14 @@ FORMS = ("compiled", "blocks", "fused")
 
 
 class Geometry(NamedTuple):
-    """Of one network's embeddings: squared distances and their inverse roots (0 where they are 0), (B, B) float64; and
-    the smallest of the former that is not 0, as a share of the largest (NaN where there is none).
+    """Of one network's embeddings: squared distances and their inverse roots (0 where they are 0), (B, B) float64; the
+    smallest of the former that is not 0 (infinite without any), and the largest.
     """
 
     squares: Tensor
     inverse: Tensor
-    spread: float
+    smallest: float
+    largest: float
 
 
 def losses(
@@ -67,7 +69,7 @@ def choose(device: torch.device) -> str:
         if form == "fused":
             importlib.import_module("triton")
         _module(form)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # numba wants a place for what it compiled
         log.warning("relations of triplets are compared more slowly (%s)", error)
         form = "blocks"
         _module(form)
@@ -122,16 +124,21 @@ def _triplets(
     form: str, vertices: Tensor | None, dtype: torch.dtype, ours: Geometry, theirs: Geometry
 ) -> tuple[Tensor, Tensor]:
     """L3, and S of it."""
-    if dtype == torch.float32 and min(ours.spread, theirs.spread) > CLOSE:
-        ours, theirs = (
-            side._replace(squares=side.squares.float(), inverse=side.inverse.float()) for side in (ours, theirs)
-        )
+    scale = 1.0
+    if dtype == torch.float32 and all(math.inf > side.smallest > CLOSE * side.largest for side in (ours, theirs)):
+        (ours, scale), theirs = _narrow(ours), _narrow(theirs)[0]
     count = len(ours.squares)
     device = ours.squares.device
     chosen = torch.arange(count, device=device) if vertices is None else vertices.to(device)
     total, slope = _module(form).walk(ours, theirs, chosen, form == "fused")
-    scale = 1 / (len(chosen) * count**2)
-    return scale * total, slope.mul_(scale)
+    share = 1 / (len(chosen) * count**2)
+    return share * total, slope.mul_(share * scale)
+
+
+def _narrow(side: Geometry) -> tuple[Geometry, float]:
+    """In float32, scaled to distances of about 1, which cosines do not see; and by what squares were multiplied."""
+    power = 2.0 ** -math.floor(math.log2(side.largest) / 2)  # a power of two changes no digit
+    return Geometry((side.squares * power**2).float(), (side.inverse / power).float(), 0, 0), power**2
 
 
 Walk = tuple[Tensor, Tensor]

@@ -23,8 +23,8 @@ def geometry(centred: Tensor) -> Geometry:
         first, second = near.T
         squares[first, second] = squares[second, first] = (centred[first] - centred[second]).square().sum(1)
     squares.fill_diagonal_(0)
-    spread = torch.where(squares == 0, torch.inf, squares).amin() / squares.amax()
-    return Geometry(squares, squares.rsqrt().masked_fill_(squares == 0, 0), spread.item())
+    smallest = torch.where(squares == 0, torch.inf, squares).amin().item()
+    return Geometry(squares, squares.rsqrt().masked_fill_(squares == 0, 0), smallest, squares.amax().item())
 
 
 def pairs(ours: Geometry, theirs: Geometry) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ def geometry(centred: Tensor) -> Geometry:
     """Of (B, D) float64 embeddings with mean 0."""
     squares = centred @ centred.T
     inverse = torch.zeros_like(squares)
-    return Geometry(squares, inverse, _geometry(squares.numpy(), centred.numpy(), inverse.numpy()))
+    return Geometry(squares, inverse, *_geometry(squares.numpy(), centred.numpy(), inverse.numpy()))
 
 
 def pairs(ours: Geometry, theirs: Geometry) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ def _geometry(squares, points, inverse):  # type: ignore[no-untyped-def]
             if square != 0:
                 inverse[a, b] = inverse[b, a] = 1 / np.sqrt(square)
                 smallest, largest = min(smallest, square), max(largest, square)
-    return smallest / largest if largest > 0 else np.nan
+    return smallest, largest
 
 
 @numba.njit(cache=True)

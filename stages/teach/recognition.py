@@ -16,12 +16,14 @@ from data.files import expand_path
 from models import recognition as models
 from models.artifacts import Description, read_outside_state
 from models.layers import unit
+from stages.neighbours import recall, same_class_rank
 from stages.parameters.recognition import AnyStudent, Initial, Learning, Network, Outside, Teacher
 from stages.training import ClassStream, Context, Run, Stream, Task, Views, derive_seed
 from stages.training.existing import begin_with, load_weights, normalisation, require_same_question
 
 HEAD = ("classifier.",)  # what depends on the classes
 LAST = ("embedding.", *HEAD)  # what follows the pooled features
+NEAREST, FURTHEST = 0.5, 1.4  # distances between which negatives are weighed; there are none beyond
 RESIZE = "bicubic with antialiasing, clamped to [0, 1]"
 Taught = tuple[nn.Module, Description]
 
@@ -158,7 +160,8 @@ class Recognition(Task):
                     embeddings.append(output.embedding)
             if self._asks_classes:
                 return {"top_1": right / len(labels)}
-            return {"recall_at_1": recall_at_1(torch.cat(embeddings), labels.to(self._run.device))}
+            ranks = same_class_rank(torch.cat(embeddings), labels.to(self._run.device))
+            return {"recall_at_1": recall(ranks) or 0.0}
 
 
 def triplet_objective(embeddings: Tensor, labels: Tensor, margin: float, seed: int) -> Tensor:
@@ -166,46 +169,47 @@ def triplet_objective(embeddings: Tensor, labels: Tensor, margin: float, seed: i
     of another; d is the Euclidean distance of embeddings scaled to length 1. A scalar in float32 or wider.
 
     Source: Wu et al. 2017, "Sampling matters in deep embedding learning", section 4: a negative is drawn with the
-    inverse density of its distance, by pytorch-metric-learning's miner with its own settings, which are those of RKD
-    (HORKD card 3.5). An anchor whose negatives are all further than 1.4, where the loss is 0, makes no triplet; without
-    any the loss is 0, attached to the graph.
+    inverse density of its distance, between the cut-offs 0.5 and 1.4, which are RKD's (HORKD card 3.5). An anchor whose
+    negatives are all further than 1.4, where the loss is 0, makes no triplet; without any the loss is 0, attached to
+    the graph.
 
     Args:
         embeddings: (B, D). labels: (B,) int64. seed: of what is drawn.
     """
-    from pytorch_metric_learning.miners import DistanceWeightedMiner
+    from pytorch_metric_learning.utils.loss_and_miner_utils import get_random_triplet_indices
 
     points = unit(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
+    if not points.isfinite().all():
+        return points.sum()  # nothing can be drawn, and the loop says which term it was
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed accelerators, too. The mining is for a processor: one loop of classes.
+        # Not torch.manual_seed, which would seed accelerators, too. Drawing is for a processor: a loop over classes.
         torch.default_generator.manual_seed(seed)
-        # In float32 the weights of most anchors would vanish beside the greatest: they range over exp(0.7 D).
-        found = DistanceWeightedMiner()(points.detach().cpu().double(), labels.cpu())
+        weights = negative_weights(points.detach().cpu(), labels.cpu())
+        found = get_random_triplet_indices(labels.cpu(), weights=weights)
     anchor, positive, negative = (rows.to(points.device) for rows in found)
     if not len(anchor):
         return points.sum() * 0
     return F.triplet_margin_loss(points[anchor], points[positive], points[negative], margin=margin)
 
 
-def recall_at_1(embeddings: Tensor, labels: Tensor, chunk: int = 1024) -> float:
-    """Of the samples whose class has another one, the share whose nearest other sample, by Euclidean distance, is of
-    their class; where samples of two classes are equally near it is not. 0 where no class has two.
+def negative_weights(points: Tensor, labels: Tensor) -> Tensor:
+    """(B, B): how likely, in row a, each image is drawn as the negative of anchor a. A row sums to 1, or to 0 where no
+    image of another class is nearer than 1.4.
+
+    The inverse of q(d) ~ d^(D - 2) (1 - d^2 / 4)^((D - 3) / 2), how often points on the unit sphere are d apart; nearer
+    ones than 0.5 count as 0.5 apart. In logarithms, row by row: with a thousand dimensions weights of one batch range
+    over more than floats do.
 
     Args:
-        embeddings: (N, D). labels: (N,).
+        points: (B, D) of length 1. labels: (B,).
+
+    Source: Wu et al. 2017, section 4.
     """
-    right = counted = 0
-    for start in range(0, len(embeddings), chunk):
-        rows = slice(start, start + chunk)
-        distance = torch.cdist(embeddings[rows], embeddings, compute_mode="donot_use_mm_for_euclid_dist")
-        same = labels[rows, None] == labels[None, :]
-        others = distance.masked_fill(same, float("inf")).amin(1)
-        own = torch.arange(start, start + len(distance), device=distance.device)
-        same[torch.arange(len(distance)), own] = False
-        nearest = distance.masked_fill(~same, float("inf")).amin(1)
-        right += int((nearest < others).sum())
-        counted += int(same.any(1).sum())
-    return right / max(counted, 1)
+    width, distance = points.shape[1], torch.cdist(points.double(), points.double())
+    counted = distance.clamp_min(NEAREST)
+    log = (2 - width) * counted.log() - (width - 3) / 2 * torch.log1p(-counted.square() / 4)
+    left_out = (labels[:, None] == labels) | (distance >= FURTHEST)
+    return log.masked_fill(left_out, -math.inf).softmax(1).nan_to_num(0)
 
 
 def _compatible(teacher: Description, classes: list[str], dataset: dict[str, Any], prepared: Path) -> int:
@@ -217,6 +221,7 @@ def _compatible(teacher: Description, classes: list[str], dataset: dict[str, Any
     interface = teacher.interface
     both = bool(classes and interface["classes"])
     require_same_question(teacher, dataset, prepared, ("classes", "channels") if both else ("channels",))
+    _refuse_knowledge(teacher, dataset, prepared)
     if interface["resolution"] > dataset["size"]:
         raise UserError(
             f"teacher {teacher.name!r} wants images of {interface['resolution']} pixels, those of {prepared.name!r} "
@@ -224,6 +229,16 @@ def _compatible(teacher: Description, classes: list[str], dataset: dict[str, Any
         )
     resolution: int = interface["resolution"]
     return resolution
+
+
+def _refuse_knowledge(model: Description, dataset: dict[str, Any], prepared: Path) -> None:
+    """What has learnt the classes that a data set holds out would tell of them."""
+    if known := sorted(set(model.interface["classes"]) & set(dataset["held_out"])):
+        more = f" and {len(known) - 3} more" if len(known) > 3 else ""
+        raise UserError(
+            f"{model.name!r} has learnt classes that the data set {prepared.name!r} holds out: {', '.join(known[:3])}"
+            f"{more} · choose a model that was trained without them"
+        )
 
 
 def adopt(task: Recognition, outside: Outside) -> None:
@@ -270,6 +285,7 @@ def for_teacher(entry: Teacher, prepared: Path, run: Run, start: Taught | None =
         return task
     task = _beginning(entry, prepared, cast(Network, entry.network), size, run)
     if start is not None:
+        _refuse_knowledge(start[1], description, prepared)
         begin_with(task.student, start, task.interface["classes"], HEAD)
     return task
 

@@ -9,6 +9,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from importlib.metadata import version
 from typing import Any, cast
 
 import torch
@@ -76,6 +77,7 @@ class Run:
         """What, besides parameters, data and code, the bits of a result depend on."""
         return {
             "torch": torch.__version__,
+            "numba": version("numba"),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
             "processor": torch.backends.cpu.get_cpu_capability(),

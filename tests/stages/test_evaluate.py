@@ -21,7 +21,7 @@ from models.recognition import Output
 from stages.evaluate.calibration import BINS, expected_calibration_error
 from stages.evaluate.recognition import RECALL_AT, evaluate
 from stages.evaluate.result import Result
-from stages.evaluate.retrieval import same_class_rank
+from stages.neighbours import same_class_rank
 from stages.parameters.recognition import Task
 
 

@@ -1,5 +1,6 @@
 """Figures of embeddings against slow computations: neighbours, MAP@R, NMI, pairs, a gallery, lower resolutions."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ from stages.evaluate import __main__ as stage
 from stages.evaluate import retrieval
 from stages.evaluate.recognition import FALSE_ACCEPTS, evaluate, table
 from stages.evaluate.result import Result
+from stages.neighbours import recall, same_class_rank
 from stages.parameters.recognition import Task
 
 Points = tuple[np.ndarray, np.ndarray]
@@ -71,7 +73,7 @@ def test_neighbours_are_those_of_sorting_all(found: Points, count: int, chunk: i
 def test_the_first_neighbour_is_of_the_class_where_the_rank_is_1(found: Points) -> None:
     embeddings, labels = tensors(found)
     hit = labels[retrieval.nearest(embeddings, labels, 1)[:, 0]] == labels
-    assert torch.equal(hit, retrieval.same_class_rank(embeddings, labels) == 1)
+    assert torch.equal(hit, same_class_rank(embeddings, labels) == 1)
 
 
 # Clusters
@@ -241,6 +243,24 @@ def test_rank_1_is_that_of_looking_through_the_gallery(found: Points, other: boo
     assert share == (pytest.approx(np.mean(hits)) if hits else None)
 
 
+def test_embeddings_that_are_no_numbers_find_nothing() -> None:
+    """All of them, or one among others, whose neighbours the others are not."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(20) % 4
+    nothing = torch.full((20, 3), float("nan"))
+    assert recall(same_class_rank(nothing, labels), 8) == 0
+    some = torch.randn(20, 3, generator=generator)
+    some[7] = float("nan")
+    ranks, near = same_class_rank(some, labels), retrieval.nearest(some, labels, 5)
+    assert ranks[7] == 16  # behind all of other classes
+    assert labels[near[7]].ne(labels[7]).all()
+    for embeddings in (nothing, some):
+        found = retrieval.nearest(embeddings, labels, 19)
+        assert [sorted(row) for row in found.tolist()] == [[j for j in range(20) if j != i] for i in range(20)]
+    sound = torch.arange(20) != 7
+    assert not (near[sound] == 7).any()
+
+
 # The whole evaluation of one model
 
 
@@ -366,6 +386,36 @@ def test_pairs_are_compared_where_there_are_any(tmp_path: Path, held_out: bool) 
     assert result.metrics["rank_1"] == pytest.approx(retrieval.rank_1(test[0], *test), abs=1e-6)
 
 
+def test_the_gallery_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a student that learnt its embeddings, and of no other."""
+    embeddings, labels = prepare(tmp_path, held_out=True, pairs=True)
+    theirs = np.roll(embeddings, 1, axis=1).copy()
+    source = Lookup(torch.from_numpy(theirs), 0).eval()
+    described = Description("source", "recognition", "student", {}, {"resolution": 6}, {}, {}, None, None, [])
+    monkeypatch.setattr("stages.evaluate.recognition.load_model", lambda folder: (source, described))
+    weights = {"weights": {"points": 1.0}, "shares": {"points": None}}
+    recipe = {"method": "horkd", "tap": "embedding", **weights}
+    network = Lookup(torch.from_numpy(embeddings), 0).eval()
+    interface = {"classes": [], "resolution": 4, "channels": 1}
+    teacher = {"name": "source", "weights_sha256": ""}
+
+    def found(chosen: dict[str, str], **changed: Any) -> float | None:
+        made = Description("toy", "recognition", "student", {}, interface, recipe | changed, {}, teacher, [])
+        made = dataclasses.replace(made, chosen=chosen)
+        return evaluate(network, made, tmp_path, "test", Task()).metrics.get("rank_1_by_source")
+
+    test = [torch.from_numpy(array[1::2]) for array in (theirs, embeddings, labels)]
+    assert found({}) == pytest.approx(retrieval.rank_1(*test), abs=1e-6)
+    assert found({}) != pytest.approx(retrieval.rank_1(test[1], *test[1:]), abs=1e-6)
+    assert source.seen[0].shape[-1] == 6
+    assert network.seen[0].shape[-1] == 4
+    assert found({}, weights={"points": 0.0}, shares={"points": 0.5}) == found({})
+    assert found({"projection": "6 to 8"}) is None
+    assert found({}, tap="pooled") is None
+    assert found({}, weights={"points": 0.0}) is None
+    assert found({}, method="kd") is None
+
+
 def test_a_split_in_which_nothing_can_be_found_is_an_error(tmp_path: Path) -> None:
     embeddings, _ = prepare(tmp_path, held_out=True, pairs=False)
     np.save(tmp_path / "labels.npy", np.arange(COUNT))
@@ -413,6 +463,11 @@ def test_models_see_what_was_reduced_in_their_own_size(tmp_path: Path) -> None:
     assert torch.equal(network.seen[1], data.downsample(data.downsample(unit, 6), 4))
     assert not torch.equal(network.seen[1], network.seen[0])
     assert result.further["resolutions"]["resolution"].tolist() == [2, 4, 6, 8]
+
+
+def test_resolutions_that_a_data_set_has_not_leave_no_table(tmp_path: Path) -> None:
+    embeddings, _ = prepare(tmp_path, held_out=True, pairs=False)
+    assert list(run(tmp_path, embeddings, 0, resolutions=[16])[0].tables) == ["samples", "classes"]
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("students.small.training.epoch", 3, "unknown key; did you mean 'epochs'?"),
     ("students.small.training.augment.flp", 1, "unknown key; did you mean 'flip'?"),
     ("students.small.network.width", [1], "unknown key; did you mean 'widths'?"),
-    ("students.single.network.widths", [1], "unknown key; known: model, name"),
+    ("students.single.network.widths", [1], "unknown key; known: embedding, model, name, unit"),
     ("students.assistant.weights.pair", 1, "unknown key; did you mean 'pairs'?"),
     ("students.shared.shares.task", 1, "unknown key; known: pairs, points, triplets"),
     ("students.small.kd", 1, "unknown key; known: alpha, dataset, "),
@@ -343,6 +343,7 @@ ELSEWHERE: list[tuple[str, Any, str]] = [
     ("teachers.taken.objective", "triplets", "teachers.taken: takes neither 'training', 'objective' nor 'initial', "),
     ("teachers.taken.initial", {"file": "x", "sha256": DIGEST}, "teachers.taken: takes neither 'training', "),
     ("students.shared.weights.pairs", 1, "students.shared: weights.pairs and shares.pairs exclude each other"),
+    ("students.assistant.weights", {"triplets": 0}, "students.assistant: 'vertices' is about triplets, whose weight "),
     ("students.shared.weights.task", 0, "students.shared: shares.pairs = 0.5 is a share of the task's gradient, and "),
     ("students.assistant.weights", dict.fromkeys(("task", "points", "pairs", "triplets"), 0),
      "students.assistant: at least one of 'weights' must be greater than 0"),
@@ -372,6 +373,13 @@ def test_keys_that_do_not_go_together_are_answered_for_the_whole_entry(path: str
 
 
 RELATIONS_ALONE = ("students.assistant.weights.task", 0)
+
+
+def test_what_the_task_is_needs_a_task() -> None:
+    objective = ("students.assistant.objective", "triplets")
+    for edits, name in (([objective], "objective"), ([objective, ("students.assistant.margin", 0.3)], "margin")):
+        wanted = f"students.assistant: '{name}' says what the task is, and weights.task is 0"
+        assert mistakes(edited(*edits, RELATIONS_ALONE))[0].startswith(wanted)
 
 
 def test_kd_needs_a_teacher_that_knows_classes() -> None:

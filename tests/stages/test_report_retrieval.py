@@ -219,6 +219,20 @@ def test_neighbours_are_marked_by_sign_and_colour() -> None:
         assert opinions == firsts
 
 
+def test_a_model_that_knows_classes_is_shown_by_its_neighbours_too() -> None:
+    """Its classes may be right where its nearest neighbour is not; the page shows neighbours."""
+    write_model("alone", CLASSES)
+    described = json.loads((PREPARED / "dataset.json").read_text())
+    write_json(PREPARED / "dataset.json", described | {"classes": NAMES, "held_out": []})
+    write_model("alone", CLASSES)
+    text = section("Nearest neighbours")
+    for card in re.findall(r'<figure class="sample">.*?</figure>', text):
+        strips = re.findall(r'<div class="near">(.*?)</div></div>', card + "</div>")
+        firsts = [re.findall(r'<div class="(right|wrong)">', strip)[0] for strip in strips]
+        assert re.findall(r'<li class="(right|wrong)">', card) == firsts
+    assert "; of alone: top-1." in section("Accuracy by class")
+
+
 def test_students_teachers_and_baselines_come_before_assistants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recognition, "SEARCHERS", 3)
     text = section("Nearest neighbours")
@@ -232,7 +246,7 @@ def test_verification_is_tabled_with_its_error() -> None:
         accuracy = f"{known['verification']} \N{PLUS-MINUS SIGN}{known['verification_error']}"
         rates = [known[f"tar_at_far_{rate}"] for rate in ("0.1", "0.01", "0.001")]
         side = str(model.description.interface["resolution"])
-        assert row == [group().short(model.name), side, accuracy, *rates, known["rank_1"]]
+        assert row == [group().short(model.name), side, accuracy, *rates, known["rank_1"], "-"]
 
 
 def test_resolutions_are_tabled_and_drawn() -> None:

@@ -1,6 +1,7 @@
 """Recognition as metric learning: triplets against an oracle, models without classes, weights to begin with."""
 
 import itertools
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from data import recognition as data
 from data.errors import UserError
-from data.files import sha256
+from data.files import sha256, write_json
 from models.artifacts import Description, load_model, read_description, save_model
 from models.recognition import EfficientNetLite, Output, ResNet, build
 from stages import paths
 from stages.distill import alone, horkd
+from stages.neighbours import recall, same_class_rank
 from stages.parameters import recognition as schema
-from stages.teach.recognition import Recognition, for_student, for_teacher, recall_at_1, triplet_objective
+from stages.teach.recognition import Recognition, for_student, for_teacher, triplet_objective
 from stages.training import Context, Method, Run, Stopped
 from stages.training.fit import describe, fit
 
@@ -105,11 +107,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def mined(monkeypatch: pytest.MonkeyPatch, triplets: list[tuple[int, int, int]]) -> None:
-    """Let the miner answer with these."""
-    from pytorch_metric_learning import miners
+    """Let these be drawn."""
+    from pytorch_metric_learning.utils import loss_and_miner_utils
 
     rows = torch.tensor(triplets, dtype=torch.int64).view(-1, 3).unbind(1)
-    monkeypatch.setattr(miners, "DistanceWeightedMiner", lambda: lambda embeddings, labels: rows)
+    monkeypatch.setattr(loss_and_miner_utils, "get_random_triplet_indices", lambda labels, weights: rows)
 
 
 def distance(a: list[float], b: list[float]) -> float:
@@ -180,9 +182,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch, points: Tensor, labels: Tensor, seeds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_anchor_is_lost_in_many_dimensions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [512, 1280, 2048])
+def test_no_anchor_is_lost_in_many_dimensions(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights of two anchors differ by hundreds of orders of magnitude; each has its triplets all the same."""
-    width = 512
     points, labels = clustered(24, width, spread=0.45)
     points[:4] *= torch.linspace(0.2, 1.8, width)  # a class that is further from all others
     points = points.to(dtype)
@@ -215,6 +217,13 @@ def test_its_gradient_is_that_of_the_triplets() -> None:
     points, labels = clustered(8, 5)
     points.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: triplet_objective(x, labels, 0.2, 7), (points,))
+
+
+def test_what_is_no_number_is_the_loss() -> None:
+    """The loop then stops, and names the term."""
+    points, labels = clustered(12, 6)
+    points[3, 1] = float("nan")
+    assert math.isnan(triplet_objective(points, labels, 0.2, 0).item())
 
 
 def test_where_nothing_is_mined_the_loss_is_zero_with_a_gradient_of_zero() -> None:
@@ -283,7 +292,8 @@ def test_recall_at_1_by_hand(labels: list[int], width: int, chunk: int) -> None:
         counted += 1
         nearest = min((points[row] - points[k]).norm().item() for k in others)
         right += all(labels[k] == label for k in others if (points[row] - points[k]).norm().item() == nearest)
-    assert recall_at_1(points, torch.tensor(labels), chunk) == (right / counted if counted else 0)
+    found = recall(same_class_rank(points, torch.tensor(labels), chunk))
+    assert found == (pytest.approx(right / counted) if counted else None)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -320,6 +330,19 @@ def test_relations_alone_train_what_is_deployed(prepared: Path, run: Run) -> Non
     assert all(not torch.equal(value, before[name]) for name, value in learner.student.named_parameters())
     same = small(network=NETWORK, weights={**RELATIONS, "points": 1})
     assert "projection" not in horkd.Learner(for_student(same, prepared, run, taught([])), same, run).chosen
+
+
+def test_who_has_learnt_what_is_held_out_is_refused(prepared: Path, run: Run) -> None:
+    """As a teacher, and as what another begins with."""
+    described = json.loads((prepared / "dataset.json").read_text())
+    held = [described["classes"].pop(), described["classes"].pop()]
+    write_json(prepared / "dataset.json", described | {"held_out": held})
+    knowing = taught([*described["classes"], held[1]])
+    with pytest.raises(UserError, match=rf"'big' has learnt classes that .* holds out: {held[1]} · choose"):
+        for_student(small(), prepared, run, knowing)
+    with pytest.raises(UserError, match="'big' has learnt classes"):
+        for_teacher(big(start="other"), prepared, run, knowing)
+    assert for_student(small(), prepared, run, taught(["z"])).teacher is not None
 
 
 def test_triplets_beside_relations(prepared: Path, run: Run) -> None:
@@ -368,7 +391,7 @@ def test_what_is_watched(prepared: Path, sampled: Path, run: Run) -> None:
         if wanted == "top_1":
             expected = (output.logits.argmax(1) == labels).double().mean().item()
         else:
-            expected = recall_at_1(output.embedding, labels)
+            expected = recall(same_class_rank(output.embedding, labels))
         assert found[wanted] == pytest.approx(expected)
 
 

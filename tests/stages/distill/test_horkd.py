@@ -5,6 +5,7 @@ import shutil
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,9 +50,9 @@ def fast(form: str, order: int) -> Loss:
 
 
 POINTS: list[Loss] = [mse, huber, mse_unit]
-FAST: list[Loss] = [fast("blocks", 2), fast("blocks", 3), fast("compiled", 3)]
-PAIRS: list[Loss] = [pair_loss, FAST[0]]
-TRIPLETS: list[Loss] = [triplet_loss, *FAST[1:]]
+FAST: list[Loss] = [fast(form, order) for order in (2, 3) for form in ("blocks", "compiled")]
+PAIRS: list[Loss] = [pair_loss, *FAST[:2]]
+TRIPLETS: list[Loss] = [triplet_loss, *FAST[2:]]
 RELATIONS: list[Loss] = PAIRS + TRIPLETS
 each_loss = pytest.mark.parametrize("loss", POINTS + RELATIONS)
 each_relation = pytest.mark.parametrize("loss", RELATIONS)
@@ -693,6 +694,27 @@ def test_without_numba_blocks_do_it(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     student, teacher = normal(9, 5, seed=1), normal(9, 6, seed=2)
     found = value_and_gradient(fast(form, 3), student, teacher)
     torch.testing.assert_close(found, value_and_gradient(triplet_loss, student, teacher), rtol=1e-9, atol=1e-15)
+
+
+def test_where_nothing_compiled_can_be_kept_blocks_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(form: str) -> ModuleType:
+        if form == "compiled":
+            raise RuntimeError("cannot cache function: no locator available")
+        return blocks
+
+    monkeypatch.setattr(relations, "_module", refuse)
+    assert relations.choose(torch.device("cpu")) == "blocks"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e18])
+def test_scale_does_not_matter_in_float32(form: str, scale: float) -> None:
+    """Squares of such distances are beyond what float32 holds."""
+    student, teacher = normal(12, 5, seed=1).float(), normal(12, 6, seed=2).float()
+    expected = value_and_gradient(fast(form, 3), student, teacher)
+    found = value_and_gradient(fast(form, 3), scale * student, teacher)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(scale * found[1].double(), expected[1].double(), rtol=1e-4, atol=1e-9)
 
 
 def test_with_numba_the_loop_is_compiled() -> None:
