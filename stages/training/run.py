@@ -9,7 +9,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
 import torch
@@ -31,6 +31,13 @@ def keep_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP) and mallopt(M_TRIM_THRESHOLD, LARGEST_TRIM))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 class Run:
@@ -77,7 +84,7 @@ class Run:
         """What, besides parameters, data and code, the bits of a result depend on."""
         return {
             "torch": torch.__version__,
-            "numba": version("numba"),
+            "numba": _version("numba"),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
             "processor": torch.backends.cpu.get_cpu_capability(),

@@ -1,11 +1,13 @@
 """What a run does to its process."""
 
+import importlib.metadata
 import subprocess
 import sys
 
 import pytest
 
-from stages.training.run import keep_memory
+from stages.parameters.recognition import Training
+from stages.training.run import Run, keep_memory
 
 FAULTS = """
 import resource, sys, torch
@@ -33,3 +35,14 @@ def test_freed_memory_is_taken_again_instead_of_asked_for_page_by_page() -> None
 def test_no_other_allocator_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     assert keep_memory() is False
+
+
+def test_what_bits_depend_on_is_said_without_numba_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(Training())
+    assert run.environment["numba"] == importlib.metadata.version("numba")
+
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr("stages.training.run.version", missing)
+    assert run.environment["numba"] is None
