@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -332,8 +333,9 @@ def test_relations_alone_train_what_is_deployed(prepared: Path, run: Run) -> Non
     assert "projection" not in horkd.Learner(for_student(same, prepared, run, taught([])), same, run).chosen
 
 
-def test_who_has_learnt_what_is_held_out_is_refused(prepared: Path, run: Run) -> None:
+def test_who_has_learnt_what_is_held_out_is_refused(prepared: Path, run: Run, tmp_path: Path) -> None:
     """As a teacher, and as what another begins with."""
+    prepared = Path(shutil.copytree(prepared, tmp_path / "held out"))
     described = json.loads((prepared / "dataset.json").read_text())
     held = [described["classes"].pop(), described["classes"].pop()]
     write_json(prepared / "dataset.json", described | {"held_out": held})

@@ -17,7 +17,8 @@ sys.argv[1] == "kept" and keep_memory()
 for count in (2, 100):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(count):
-        sum(torch.zeros(2**20) for _ in range(4))
+        tensors = [torch.zeros(2**21) for _ in range(8)]
+        del tensors
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(faults)
 """
